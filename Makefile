@@ -1,0 +1,43 @@
+# make demo | test | bench | lint   set up .venv themselves (PYTHON=python3.12 chooses the interpreter)
+# make gpu                          on a machine with a GPU: uses PYTHON's own packages, needs no network
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
+
+.PHONY: demo test bench lint gpu
+.DELETE_ON_ERROR:
+
+demo: $(INSTALLED)
+	$(BIN)/python -m varkern.demo --out out/demo
+
+test: $(INSTALLED)
+	$(BIN)/pytest
+
+bench: $(INSTALLED)
+	$(BIN)/pytest benchmarks --benchmark-only
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(INSTALLED): $(BUILD_INPUTS)
+	@command -v $(PYTHON) >/dev/null || { echo "varkern: $(PYTHON) was not found; run: make PYTHON=<a Python 3.10 to 3.13>"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || { \
+	  echo "varkern: $(PYTHON) is $$($(PYTHON) --version 2>&1 | head -n 1), but Python 3.10 to 3.13 is needed; run: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "varkern: $(PYTHON) has no venv module; install it (Debian, Ubuntu: apt-get install python3-venv)"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# pytest's own script: "python -m pytest" would put the root, and with it the folder kernels, on the import path.
+gpu: DEVICE = $(shell $(PYTHON) -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))' 2>/dev/null)
+gpu: PYTEST = $(shell $(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("scripts"))')/pytest
+gpu:
+	@test -n "$(DEVICE)" || { echo "varkern: $(PYTHON) sees no CUDA device through torch; run: make gpu PYTHON=<one that does>"; exit 1; }
+	$(PYTHON) -m pip install --no-build-isolation --no-deps -e .
+	$(PYTEST) -m gpu
+	mkdir -p benchmarks/results
+	$(PYTEST) benchmarks --benchmark-only --benchmark-json=benchmarks/results/$(DEVICE).json

@@ -1,0 +1,14 @@
+"""The sizes that matter: those of the VAR models, in the reference's dialect (B batch, L tokens, C width)."""
+
+from __future__ import annotations
+
+PATCH_NUMS_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+PATCH_NUMS_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
+TOKENS_256 = sum(p * p for p in PATCH_NUMS_256)  # 680
+
+WIDTHS = {"d16": 1024, "d20": 1280, "d24": 1536, "d30": 1920, "d36": 2304}
+
+# (B, L, C) of AdaLN. Training: the batch of one GPU. Generation: one image, so two rows of classifier-free guidance, at
+# a small, a middle and the last scale.
+NORM_TRAINING = {"d16-train-B8": (8, TOKENS_256, WIDTHS["d16"])}
+NORM_GENERATION = {f"d16-scale-{p}x{p}": (2, p * p, WIDTHS["d16"]) for p in (1, 6, 16)}

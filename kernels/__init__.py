@@ -1,0 +1,45 @@
+"""Triton kernels, installed as ``varkern.kernels``: a leaf that knows nothing of the rest of the package.
+
+Importing this package does not import triton; its modules do, so ask ``unavailable()`` first or import them where a
+call has been found to need them. Each module has its kernels, one Python function an op that launches them, and
+``CASES``: every kernel with the arguments it is compiled for ahead of time by the tests.
+
+Vocabulary: capital dimensions (``B, L, C``), ``p_`` pointers, ``b_`` blocks held in registers, ``m_`` masks, ``i_``
+indices; indices are int64 before they are multiplied, and values float32 before any arithmetic.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["Case", "unavailable"]
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Why the kernels cannot be imported here, or ``None``."""
+    try:
+        importlib.import_module("triton")
+    # A broken installation raises anything from OSError to RuntimeError; the reason is kept and shown, never lost.
+    except Exception as error:
+        return f"triton did not import ({type(error).__name__}: {error})"
+    return None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One specialisation of a kernel, as the tests compile it without a GPU.
+
+    ``signature``: the type of each run-time argument in Triton's words (``"*bf16"``, ``"i32"``, ``"fp32"``).
+    ``aligned``: the arguments known to be divisible by 16, as they are in the sizes that matter.
+    """
+
+    kernel: Any
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, Any]
+    num_warps: int
+    aligned: tuple[str, ...] = field(default=())

@@ -1,0 +1,55 @@
+"""What the tests share: one seed, NaN in uninitialised memory, the grid of devices and backends.
+
+Without a CUDA device the Triton kernels run in Triton's interpreter, which must be asked for before they are imported;
+what has to see compiled kernels (``test_kernels_aot.py``) runs in processes of its own.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from varkern.ops import _library
+
+_BACKENDS = ("cpu-reference", "cpu-cpu", "cpu-triton", "cuda-reference", "cuda-cuda", "cuda-triton")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.gpu] * name.startswith("cuda")) for name in _BACKENDS])
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Each device in turn, with each backend that an op may have there in force."""
+    name, backend = request.param.split("-")
+    probe = torch.empty(0, device=name)
+    # What the build made optional may be missing; the CPU extension may not.
+    missing = {"triton": _library.triton_why_not, "cuda": _library.cuda_why_not}.get(backend, lambda _: None)(probe)
+    if missing:
+        pytest.skip(missing)
+    with _library.use_backend(backend):
+        yield probe.device
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def nan_in_empty() -> Iterator[None]:
+    """Fill every new ``torch.empty`` with NaN, so that an element that a kernel forgets to write shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before)

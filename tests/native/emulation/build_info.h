@@ -1,0 +1,2 @@
+#pragma once
+#define VARKERN_CUDA_ARCHITECTURES "emulation"

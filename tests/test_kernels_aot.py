@@ -1,0 +1,82 @@
+"""Every Triton kernel compiles ahead of time for the GPUs we serve, and none spills registers."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import aot
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[dict[str, Any]]:
+    """The rows of ``tests/aot.py``, run where kernels are not interpreted."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(ROOT / "tests" / "aot.py"), "--json"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = json.loads(done.stdout)
+    print("\n" + aot.table(rows))
+    return rows
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
+def test_no_kernel_spills(compiled: list[dict[str, Any]], architecture: int) -> None:
+    rows = [row for row in compiled if row["architecture"] == architecture]
+    assert {row["kernel"] for row in rows} == {case.kernel.__name__ for case in cases()}
+    spilling = [row for row in rows if row["spilt"]]
+    assert not spilling, "\n" + aot.table(spilling)
+    # 48 KiB is what every one of these GPUs gives a program without asking.
+    assert all(row["registers"] > 0 and row["shared"] <= 48 * 1024 for row in rows)
+
+
+def cases() -> list[Any]:
+    return [case for module in aot.kernel_modules() for case in module.CASES]
+
+
+def entry_kernels() -> dict[str, str]:
+    """Every function of ``kernels/*.py`` under ``@triton.jit`` whose name ends in ``_kernel``, and its file."""
+    found = {}
+    for path in sorted((ROOT / "kernels").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.FunctionDef):
+                continue
+            decorators = [ast.unparse(decorator) for decorator in node.decorator_list]
+            if any(decorator.startswith("triton.jit") for decorator in decorators):
+                found[node.name] = path.name
+    return {name: file for name, file in found.items() if name.endswith("_kernel")}
+
+
+def launched() -> set[str]:
+    """The names that ``kernels/*.py`` launches: ``name[grid](...)``."""
+    names = set()
+    for path in (ROOT / "kernels").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
+                names.add(ast.unparse(node.func.value))
+    return names
+
+
+def test_every_kernel_has_a_case() -> None:
+    assert entry_kernels(), "no kernel found"
+    assert set(entry_kernels()) == {case.kernel.__name__ for case in cases()}
+
+
+def test_every_launched_function_is_named_a_kernel() -> None:
+    assert launched() == set(entry_kernels())
+
+
+def test_cases_name_every_argument() -> None:
+    for case in cases():
+        assert set(case.kernel.arg_names) == {*case.signature, *case.constexprs}, case.kernel.__name__

@@ -1,0 +1,317 @@
+"""modulated_layer_norm: value, gradient, operator checks, compilation, strides, bad input; on every backend."""
+
+from __future__ import annotations
+
+import re
+import threading
+
+import pytest
+import torch
+from torch import Tensor
+
+from varkern.ops import _library, modulated_layer_norm, modulated_layer_norm_reference, use_backend
+
+SHAPES = {
+    "one_channel": (2, 3, 1),
+    "odd_channels": (2, 5, 33),
+    "one_row": (1, 1, 8),
+    "one_token_d16": (2, 1, 1024),
+    "two_chunks_of_rows": (1, 19, 48),
+    "many_chunks_of_rows": (3, 37, 24),
+    "no_batch": (0, 4, 16),
+    "no_rows": (2, 0, 16),
+    "no_channels": (2, 3, 0),
+}
+DTYPES = {
+    "f32": (torch.float32, torch.float32),
+    "f16": (torch.float16, torch.float16),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "f32_f16": (torch.float32, torch.float16),
+    "bf16_f32": (torch.bfloat16, torch.float32),
+    "f16_bf16": (torch.float16, torch.bfloat16),
+}
+shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+dtypes = pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
+
+
+def arguments(
+    shape: tuple[int, int, int],
+    device: torch.device | str = "cpu",
+    x_dtype: torch.dtype = torch.float32,
+    condition_dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x, scale and shift as a model has them: x a slice of a wider tensor, scale and shift out of one projection."""
+    B, L, C = shape
+    wide = torch.randn(B, L + 2, C + 3).to(device, x_dtype)
+    condition = torch.randn(B, 6, C).to(device, condition_dtype)
+    scale, shift = condition.unsqueeze(1).unbind(2)[2::2]
+    return wide[:, 1 : L + 1, :C], scale, shift
+
+
+def value_and_gradients(function, inputs: tuple[Tensor, ...], grad_out: Tensor) -> list[Tensor]:
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+    out = function(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad_out.to(out.dtype))]
+
+
+def largest_terms(inputs: tuple[Tensor, ...], grad_out: Tensor, eps: float) -> list[Tensor]:
+    """Of the float64 formulas of the value and the gradients, the largest term that cancellation can leave rounded."""
+    x, scale, shift = inputs
+    if not x.numel():
+        return [x.new_zeros(())] * 4
+    scale = scale.reshape(x.size(0), 1, x.size(2))
+    rstd = (x.var(-1, correction=0, keepdim=True) + eps).rsqrt()
+    terms = (shift, rstd * grad_out * (1 + scale), grad_out, grad_out)
+    return [term.abs().amax() for term in terms]
+
+
+def assert_as_accurate_as_eager(got: Tensor, eager: Tensor, exact: Tensor, largest_term: Tensor) -> None:
+    """At most twice the error of eager PyTorch, give or take one rounding of the result and one of a float32 term."""
+    assert got.dtype == eager.dtype
+    assert got.shape == eager.shape
+    if not got.numel():
+        return
+    error, allowed = (got.double() - exact).abs().max(), 2 * (eager.double() - exact).abs().max()
+    rounding = torch.finfo(got.dtype).eps * exact.abs().max() + torch.finfo(torch.float32).eps * largest_term
+    assert error <= allowed + rounding, f"error {error:.3g}, eager's is {allowed / 2:.3g}, rounding {rounding:.3g}"
+
+
+def check(inputs: tuple[Tensor, Tensor, Tensor], eps: float = 1e-6) -> None:
+    grad_out = torch.randn(inputs[0].shape, device=inputs[0].device)
+    grad_out = grad_out.to(torch.promote_types(inputs[0].dtype, inputs[1].dtype))
+    doubles = tuple(tensor.double() for tensor in inputs)
+    got = value_and_gradients(lambda *args: modulated_layer_norm(*args, eps), inputs, grad_out)
+    eager = value_and_gradients(lambda *args: modulated_layer_norm_reference(*args, eps), inputs, grad_out)
+    exact = value_and_gradients(lambda *args: modulated_layer_norm_reference(*args, eps), doubles, grad_out)
+    for tensors in zip(got, eager, exact, largest_terms(doubles, grad_out.double(), eps), strict=True):
+        assert_as_accurate_as_eager(*tensors)
+    with torch.no_grad():  # without statistics the kernels take another path
+        assert torch.equal(modulated_layer_norm(*inputs, eps), got[0])
+
+
+def test_reference_is_the_formula() -> None:
+    x, scale, shift = (tensor.double() for tensor in arguments((2, 3, 5)))
+    centred = x - x.mean(-1, keepdim=True)
+    normed = centred / torch.sqrt((centred**2).mean(-1, keepdim=True) + 1e-6)
+    torch.testing.assert_close(modulated_layer_norm_reference(x, scale, shift), normed * (1 + scale) + shift)
+
+
+@shapes
+@dtypes
+@pytest.mark.usefixtures("nan_in_empty")
+def test_value_and_gradient(device: torch.device, shape: tuple[int, int, int], dtypes: tuple) -> None:
+    check(arguments(shape, device, *dtypes))
+
+
+@pytest.mark.parametrize("eps", [1e-6, 1e-2])
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+def test_large_mean_and_eps(device: torch.device, eps: float, offset: float) -> None:
+    x, scale, shift = arguments((2, 4, 96), device)
+    check((x + offset, scale, shift), eps)
+
+
+def test_constant_rows_have_zero_variance(device: torch.device) -> None:
+    x, scale, shift = arguments((2, 4, 96), device)
+    check((torch.full_like(x, 3.0), scale, shift))
+
+
+def test_two_dimensional_condition(device: torch.device) -> None:
+    x, scale, shift = arguments((2, 4, 33), device)
+    got = modulated_layer_norm(x, scale.squeeze(1), shift.squeeze(1))
+    assert torch.equal(got, modulated_layer_norm(x, scale, shift))
+    check((x, scale.squeeze(1), shift.squeeze(1)))
+
+
+def test_condition_shared_by_the_batch(device: torch.device) -> None:
+    x, scale, shift = arguments((3, 4, 33), device)
+    check((x, scale[:1].expand(3, 1, 33), shift[:1].expand(3, 1, 33)))
+
+
+def test_strided_last_axis_and_broadcast_gradient(device: torch.device) -> None:
+    x, scale, shift = arguments((2, 4, 66), device)
+    inputs = [tensor[..., ::2].requires_grad_() for tensor in (x, scale, shift)]
+    out = modulated_layer_norm(*inputs)
+    assert out.is_contiguous()
+    got = torch.autograd.grad(out.sum(), inputs)  # the incoming gradient has strides 0
+    dense = [tensor.detach().contiguous().requires_grad_() for tensor in inputs]
+    want = torch.autograd.grad(modulated_layer_norm_reference(*dense).sum(), dense)
+    for a, b in zip((out, *got), (modulated_layer_norm_reference(*dense), *want), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), (1, 2)], ids=str)
+def test_gradient_for_some_inputs(device: torch.device, wanted: tuple[int, ...]) -> None:
+    inputs = list(arguments((2, 9, 33), device))
+    for i in wanted:
+        inputs[i] = inputs[i].detach().requires_grad_()
+    leaves = [inputs[i] for i in wanted]
+    got = torch.autograd.grad(modulated_layer_norm(*inputs).square().sum(), leaves)
+    want = torch.autograd.grad(modulated_layer_norm_reference(*inputs).square().sum(), leaves)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
+
+
+def test_deterministic(device: torch.device) -> None:
+    inputs = arguments((2, 70, 40), device)
+    grad_out = torch.randn(2, 70, 40, device=device)
+    first = value_and_gradients(modulated_layer_norm, inputs, grad_out)
+    for a, b in zip(first, value_and_gradients(modulated_layer_norm, inputs, grad_out), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_number_of_threads_does_not_change_a_bit() -> None:
+    inputs, grad_out = arguments((3, 300, 200)), torch.randn(3, 300, 200)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            with use_backend("cpu"):
+                results.append(value_and_gradients(modulated_layer_norm, inputs, grad_out))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_opcheck(device: torch.device) -> None:
+    x, scale, shift = arguments((2, 5, 33), device, torch.float16, torch.float32)
+    backend = _library.current_backend()
+    leaves = [tensor.detach().requires_grad_() for tensor in (x, scale, shift)]
+    ops = torch.ops.varkern
+    torch.library.opcheck(ops.modulated_layer_norm.default, (x, scale, shift, 1e-6, backend))
+    torch.library.opcheck(ops.modulated_layer_norm.default, (*leaves, 1e-6, backend))
+    torch.library.opcheck(ops.modulated_layer_norm_forward.default, (x, scale, shift, 1e-6, backend))
+    out, statistics = ops.modulated_layer_norm_forward(x, scale, shift, 1e-6, backend)
+    torch.library.opcheck(ops.modulated_layer_norm_backward.default, (out, x, scale, statistics, backend))
+
+
+def compiled_matches_eager(device: torch.device, compiler: str) -> None:
+    def step(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        return modulated_layer_norm(x * 2, scale, shift).square()
+
+    torch.compiler.reset()
+    compiled = torch.compile(step, fullgraph=True, backend=compiler)
+    inputs, grad_out = arguments((2, 5, 33), device), torch.randn(2, 5, 33, device=device)
+    for got, want in zip(
+        value_and_gradients(compiled, inputs, grad_out), value_and_gradients(step, inputs, grad_out), strict=True
+    ):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*inputs), step(*inputs), rtol=1e-5, atol=1e-5)
+
+
+def test_compile_fullgraph(device: torch.device) -> None:
+    compiled_matches_eager(device, "aot_eager")
+
+
+@pytest.mark.slow
+def test_compile_fullgraph_inductor(device: torch.device) -> None:
+    compiled_matches_eager(device, "inductor")
+
+
+def test_autocast(device: torch.device) -> None:
+    with torch.autocast(device.type, torch.bfloat16):
+        check(arguments((2, 5, 33), device, torch.float32, torch.bfloat16))
+
+
+def test_float64_is_the_reference_and_twice_differentiable() -> None:
+    inputs = [tensor.double().detach().requires_grad_() for tensor in arguments((2, 3, 5))]
+    assert torch.equal(modulated_layer_norm(*inputs), modulated_layer_norm_reference(*inputs))
+    assert torch.autograd.gradcheck(modulated_layer_norm, inputs)
+    assert torch.autograd.gradgradcheck(modulated_layer_norm, inputs)
+    with use_backend("cpu"), pytest.raises(RuntimeError, match=r"'cpu' cannot run .*: torch.float64 is none of"):
+        modulated_layer_norm(*inputs)
+
+
+def test_second_derivative_and_forward_mode_raise(device: torch.device) -> None:
+    if _library.reference_forced():
+        pytest.skip("the reference has both")
+    x, scale, shift = arguments((2, 3, 5), device)
+    x = x.detach().requires_grad_()
+    (grad,) = torch.autograd.grad(modulated_layer_norm(x, scale, shift).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"no second derivative: .*use_backend\('reference'\)"):
+        (grad.sum() + x.sum()).backward()
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x.detach(), torch.ones_like(x))
+        with pytest.raises(RuntimeError, match="jvp"):
+            modulated_layer_norm(dual, scale, shift)
+
+
+def test_direct_call_of_the_operator_is_differentiable(device: torch.device) -> None:
+    inputs, grad_out = arguments((2, 3, 5), device), torch.randn(2, 3, 5, device=device)
+    backend = _library.current_backend()
+    got = value_and_gradients(
+        lambda *args: torch.ops.varkern.modulated_layer_norm(*args, 1e-6, backend), inputs, grad_out
+    )
+    for a, b in zip(got, value_and_gradients(modulated_layer_norm_reference, inputs, grad_out), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_backward_stays_on_the_backend_of_the_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The backward of a CUDA tensor runs in a thread of autograd's own, where no context manager is in force.
+    calls = []
+    module = pytest.importorskip("varkern.kernels.norm")
+    launch = module.modulated_layer_norm_backward
+    monkeypatch.setattr(module, "modulated_layer_norm_backward", lambda *args: (calls.append(1), launch(*args)))
+    device = "cpu" if _library.interpreting() else "cuda"
+    x, scale, shift = arguments((2, 3, 5), device)
+    x = x.detach().requires_grad_()
+    with use_backend("triton"):
+        out = modulated_layer_norm(x, scale, shift)
+    thread = threading.Thread(target=lambda: out.sum().backward())
+    thread.start()
+    thread.join()
+    assert len(calls) == 1
+    assert x.grad is not None
+
+
+def test_reference_runs_the_eager_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = arguments((2, 3, 5))
+    leaf = inputs[0].detach().requires_grad_()
+    with use_backend("reference"):
+        out = modulated_layer_norm(leaf, *inputs[1:])
+    assert torch.equal(out, modulated_layer_norm_reference(*inputs))
+    assert "ModulatedLayerNorm" not in type(out.grad_fn).__name__
+
+
+def test_fake_tensors_reach_no_kernel() -> None:
+    x, scale, shift = (tensor.to("meta") for tensor in arguments((2, 3, 5), "cpu", torch.float16))
+    out = modulated_layer_norm(x, scale, shift)
+    assert (out.device.type, out.shape, out.dtype) == ("meta", (2, 3, 5), torch.float32)
+    with pytest.raises(ValueError, match="scale has shape"):
+        modulated_layer_norm(x, scale[..., :2], shift)
+
+
+BAD = {
+    "x_of_two_axes": (lambda x, s, t: (x[0], s, t), "x has shape (3, 8), give (B, L, C)"),
+    "scale_of_another_width": (
+        lambda x, s, t: (x, s[..., :4], t),
+        "scale has shape (2, 1, 4), give (2, 1, 8) or (2, 8)",
+    ),
+    "shift_of_another_batch": (lambda x, s, t: (x, s, t[:1]), "shift has shape (1, 1, 8), give (2, 1, 8) or (2, 8)"),
+    "scale_a_row_each": (lambda x, s, t: (x, s.expand(2, 3, 8), t), "scale has shape (2, 3, 8)"),
+    "two_forms": (lambda x, s, t: (x, s, t[:, 0]), "give them one dtype and shape"),
+    "two_dtypes": (lambda x, s, t: (x, s, t.half()), "scale is torch.float32 (2, 1, 8) and shift torch.float16"),
+    "integers": (lambda x, s, t: (x.int(), s, t), "x is torch.int32"),
+    "another_device": (lambda x, s, t: (x, s, t.to("meta")), "shift is on meta and x on cpu, use one device"),
+}
+
+
+@pytest.mark.parametrize("gradient", [False, True], ids=["forward", "with_gradient"])
+@pytest.mark.parametrize("backend", ["reference", "cpu", None])
+@pytest.mark.parametrize(("change", "message"), BAD.values(), ids=BAD)
+def test_bad_input(change, message: str, backend: str | None, gradient: bool) -> None:
+    x, scale, shift = change(*(tensor.clone() for tensor in arguments((2, 3, 8))))
+    if gradient:
+        scale = scale.detach().requires_grad_()
+    with use_backend(backend), pytest.raises(ValueError, match=re.escape(message)):
+        modulated_layer_norm(x, scale, shift)
+
+
+def test_rows_too_wide_for_triton() -> None:
+    kernels = pytest.importorskip("varkern.kernels.norm")
+    device = "cpu" if _library.interpreting() else "cuda"
+    x, scale, shift = arguments((1, 1, kernels.MAX_C + 1), device)
+    with use_backend("triton"), pytest.raises(RuntimeError, match=f"C is {kernels.MAX_C + 1} and its kernels hold"):
+        modulated_layer_norm(x, scale, shift)
+    check((x, scale, shift))  # left to choose, another backend serves

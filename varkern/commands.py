@@ -1,0 +1,255 @@
+"""What each command of ``varkern`` does with its parsed options (`varkern.cli` describes them)."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import re
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from varkern import edit, images
+from varkern.engine import generate
+from varkern.models import VAR, VQVAE, load
+from varkern.models.checkpoint import load_checkpoint, read_state, vqvae_config
+from varkern.models.schedule import PATCH_NUMS_256
+
+__all__ = ["edit_image", "evaluate", "info", "reconstruct", "sample", "train", "train_tokenizer"]
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def _config(config: type, options: argparse.Namespace, **defaults: Any) -> Any:
+    names = {field.name for field in dataclasses.fields(config)}
+    return config(**defaults | {name: value for name, value in vars(options).items() if name in names})
+
+
+def _device(options: argparse.Namespace) -> torch.device:
+    name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name} is no device of torch; use cpu, cuda or cuda:0") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {name} was asked for, but torch finds no CUDA device; use cpu")
+    return device
+
+
+def _checkpoint(options: argparse.Namespace) -> str:
+    if options.checkpoint is None:
+        from varkern.assets import bundled_model
+
+        return str(bundled_model())
+    return options.checkpoint
+
+
+def _load(options: argparse.Namespace) -> VAR:
+    device, checkpoint = _device(options), _checkpoint(options)
+    return load(checkpoint, vae=options.vae, device=device, dtype=DTYPES[options.dtype])
+
+
+def _image_size(vae: VQVAE) -> int:
+    return vae.downsample * int(vae.quantize.v_patch_nums[-1])
+
+
+def _labels(names: Sequence[str], num_classes: int, checkpoint: str) -> list[int]:
+    """Class numbers of what ``--class`` names; a name of ``classes.json`` goes before a number."""
+    path = Path(checkpoint) / "classes.json"
+    known = _class_names(path, num_classes) if path.is_file() else []
+    numbers = {name.lower(): number for number, name in enumerate(known)}
+    labels = []
+    for name in names:
+        label = num_classes if name.lower() == "none" else numbers.get(name.lower(), -1)
+        if label < 0 and name.isdecimal():
+            label = int(name)
+        if not 0 <= label <= num_classes or (label == num_classes and name.lower() != "none"):
+            also = f", a name in {path}" if known else ""
+            raise ValueError(f"--class {name} is not a class: give a number in 0..{num_classes - 1}{also}, or none")
+        labels.append(label)
+    return labels
+
+
+def _class_names(path: Path, num_classes: int) -> list[str]:
+    try:
+        names = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); repair or remove it") from error
+    if not isinstance(names, list) or len(names) != num_classes:
+        raise ValueError(f"{path} must be a list of {num_classes} names, in the order of the classes")
+    return [str(name) for name in names]
+
+
+def _seed(options: argparse.Namespace) -> int:
+    return secrets.randbelow(2**31) if options.seed is None else options.seed
+
+
+def _check_out(out: Path) -> None:
+    """Refuse an unusable ``--out`` before anything is computed."""
+    if out.suffix.lower() in (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"):
+        raise ValueError(f"--out {out}: pictures are written as PNG; name a .png file or a folder")
+    if out.suffix.lower() == ".png" and out.is_dir():
+        raise ValueError(f"--out {out} is a folder; name a file that is not")
+    if out.suffix.lower() != ".png" and out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; name a .png file or a folder")
+
+
+def _write(out: Path, results: Tensor, names: Sequence[str], rows: Sequence[Tensor] | None = None) -> None:
+    """Results (B, C, H, W) in [0, 1] as files of a folder, or as one picture; says what was written where."""
+    if out.suffix.lower() == ".png":
+        replaced = out.exists()
+        if rows is None and len(results) == 1:
+            images.write_png(images.to_pil(results[0]), out)
+        else:
+            columns = math.ceil(math.sqrt(len(results)))
+            images.write_png(images.sheet(rows or results.split(columns)), out)
+        print(f"{'replaced' if replaced else 'wrote'} {out}")
+        return
+    taken = [int(found[1]) for path in out.glob("*.png") if (found := re.match(r"(\d{5,})_", path.name))]
+    first = max(taken, default=-1) + 1
+    for number, (image, name) in enumerate(zip(results, names, strict=True), first):
+        images.write_png(images.to_pil(image), out / f"{number:05d}_{name}.png")
+    kept = f", beside {len(taken)} that were there" if taken else ""
+    print(f"wrote {len(results)} images to {out}{os.sep}{first:05d}_*.png .. {number:05d}_*.png{kept}")
+
+
+def _batches(count: int, size: int, what: str) -> Iterator[tuple[int, slice]]:
+    """(batch number, its items) with a progress bar where there are several."""
+    from tqdm import tqdm
+
+    for batch in tqdm(range(math.ceil(count / size)), desc=what, unit="batch", disable=count <= size):
+        yield batch, slice(batch * size, (batch + 1) * size)
+
+
+def _sampling(options: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(options, name) for name in ("cfg", "top_k", "top_p", "more_smooth")}
+
+
+def sample(options: argparse.Namespace) -> None:
+    _check_out(options.out)
+    var, seed = _load(options), _seed(options)
+    classes = _labels(options.classes or [], var.num_classes, _checkpoint(options))
+    count = options.num or len(classes) or min(var.num_classes, 10)
+    classes = classes or list(range(var.num_classes))
+    labels = torch.tensor([classes[i % len(classes)] for i in range(count)], device=var.lvl_1L.device)
+    begin, made = time.perf_counter(), []
+    for batch, items in _batches(count, options.batch_size, "sampling"):
+        part = labels[items]
+        made.append(generate(var, len(part), part, seed + batch, **_sampling(options)).images.float().cpu())
+    print(f"{count} images, seed {seed}, {labels.device}, {options.dtype}: {time.perf_counter() - begin:.2f} s")
+    _write(options.out, torch.cat(made), [_class_name(label, var.num_classes) for label in labels.tolist()])
+
+
+def _class_name(label: int, num_classes: int) -> str:
+    return "none" if label == num_classes else f"class{label}"
+
+
+def _tokenizer(options: argparse.Namespace) -> VQVAE:
+    if options.vae is None or options.checkpoint is not None:
+        return _load(options).vae_proxy[0]
+    state = read_state(options.vae)
+    vae = VQVAE(**vqvae_config(state, list(PATCH_NUMS_256)))
+    load_checkpoint(vae, state)
+    return vae.to(device=_device(options), dtype=DTYPES[options.dtype])
+
+
+def reconstruct(options: argparse.Namespace) -> None:
+    from varkern.train.losses import psnr
+
+    _check_out(options.out)
+    if not options.images and (options.checkpoint or options.vae):
+        raise ValueError("name the image files to reconstruct (held-out digits are there for the bundled model alone)")
+    vae = _tokenizer(options)
+    size, weight = _image_size(vae), vae.post_quant_conv.weight
+    if options.images:
+        names = [path.name for path in options.images]
+        originals = torch.stack([images.read_image(path, size, vae.in_channels) for path in options.images])
+    else:
+        originals, digits = images.held_out_digits(options.num, size, vae.in_channels)
+        names = [f"digit {digit}" for digit in digits]
+    made = []
+    with torch.no_grad():
+        for _, items in _batches(len(originals), options.batch_size, "reconstructing"):
+            batch = originals[items].to(device=weight.device, dtype=weight.dtype)
+            result = vae.img_to_reconstructed_img(batch, last_one=True)
+            assert isinstance(result, Tensor)
+            made.append(result.float().cpu())
+    results = torch.cat(made)
+    values = psnr(results, originals).tolist()
+    for name, value in zip(names, values, strict=True):
+        print(f"{name}: PSNR {value:.2f} dB")
+    print(f"mean of {len(values)}: PSNR {sum(values) / len(values):.2f} dB")
+    both = [part.add(1).div(2) for pair in zip(originals.split(8), results.split(8), strict=True) for part in pair]
+    stems = [Path(name).stem.replace(" ", "") for name in names]
+    _write(options.out, results.add(1).div(2), stems, rows=both)
+
+
+def edit_image(options: argparse.Namespace) -> None:
+    _check_out(options.out)
+    if options.mode == "class" and not options.classes:
+        raise ValueError("--mode class needs --class, what the region becomes")
+    if options.mode != "class" and options.classes:
+        raise ValueError(f"--class goes with --mode class; {options.mode}ing has no class")
+    if (options.box is None) == (options.mask is None):
+        raise ValueError("name the region by either --box T,L,B,R or --mask FILE, not both")
+    var, seed = _load(options), _seed(options)
+    vae, device = var.vae_proxy[0], var.lvl_1L.device
+    image = images.read_image(options.image, _image_size(vae), vae.in_channels)
+    mask = None if options.mask is None else images.read_mask(options.mask, _image_size(vae))
+    labels = _labels(options.classes or ["none"], var.num_classes, _checkpoint(options))
+    count = options.num or len(labels)
+    labels = [labels[i % len(labels)] for i in range(count)]
+    begin, made = time.perf_counter(), []
+    for batch, items in _batches(count, options.batch_size, "editing"):
+        part = torch.tensor(labels[items], device=device)
+        given = image.to(device=device, dtype=DTYPES[options.dtype]).expand(len(part), -1, -1, -1)
+        settings: dict[str, Any] = {"box": options.box, "mask": mask, "seed": seed + batch, **_sampling(options)}
+        if options.mode == "class":
+            made.append(edit.class_edit(var, given, part, **settings).images.float().cpu())
+        else:
+            paint = edit.inpaint if options.mode == "inpaint" else edit.outpaint
+            made.append(paint(var, given, **settings).images.float().cpu())
+    print(f"{count} edits, seed {seed}, {device}, {options.dtype}: {time.perf_counter() - begin:.2f} s")
+    kind = [_class_name(label, var.num_classes) if options.mode == "class" else options.mode for label in labels]
+    _write(options.out, torch.cat(made), kind)
+
+
+def train_tokenizer(options: argparse.Namespace) -> None:
+    from varkern import train as training
+
+    folder = training.train_tokenizer(_config(training.TokenizerConfig, options))
+    print(f"wrote the tokenizer to {folder}")
+
+
+def train(options: argparse.Namespace) -> None:
+    from varkern import train as training
+
+    folder = training.train_transformer(_config(training.TransformerConfig, options))
+    print(f"wrote the model to {folder}")
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    from varkern import eval as measures
+
+    defaults: dict[str, Any] = {}
+    if "model" not in options:
+        from varkern.assets import bundled_model
+
+        defaults = {"model": str(bundled_model()), "data": "digits", "image_size": 32, "channels": 1}
+    elif "data" not in options:
+        raise ValueError("name the images to measure on (--data FOLDER)")
+    print(json.dumps(measures.evaluate(_config(measures.EvaluateConfig, options, **defaults)), indent=2))
+
+
+def info(options: argparse.Namespace) -> None:
+    from varkern import info as installation
+
+    installation.show(options.json)

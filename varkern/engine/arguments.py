@@ -1,0 +1,65 @@
+"""Checks of what a caller asks for, made before anything is drawn or computed."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from varkern.models.var import VAR
+
+
+def check_sampling(vocab_size: int, cfg: float, top_k: int, top_p: float) -> None:
+    """Raises ValueError where a sampling parameter is outside its domain."""
+    if not (math.isfinite(cfg) and cfg >= 0):
+        raise ValueError(f"cfg must be a finite number >= 0 (0: no guidance), got {cfg}")
+    if isinstance(top_k, bool) or not isinstance(top_k, int) or not 0 <= top_k <= vocab_size:
+        raise ValueError(f"top_k must be an integer in [0, {vocab_size}] (0: off), got {top_k}")
+    if not 0.0 <= top_p <= 1.0:
+        raise ValueError(f"top_p must be in [0, 1] (0: off), got {top_p}")
+
+
+def check_labels(var: VAR, batch: int, labels: int | Sequence[int] | Tensor | None) -> Tensor | None:
+    """Labels (B,) int64 on the model's device, or None where they are to be drawn.
+
+    An int serves the whole batch, negative meaning "no class". Raises TypeError or ValueError for anything else
+    than B integers in [0, num_classes].
+    """
+    device = var.lvl_1L.device
+    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
+        raise ValueError(f"the batch size B must be a positive integer, got {batch!r}")
+    if labels is None:
+        return None
+    if isinstance(labels, int):
+        labels = torch.full((batch,), var.num_classes if labels < 0 else labels, device=device)
+    elif not isinstance(labels, Tensor):
+        labels = torch.tensor(list(labels), device=device)
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"labels must be integers, got {labels.dtype}")
+    if tuple(labels.shape) != (batch,):
+        raise ValueError(f"label_B must hold B = {batch} labels, got shape {tuple(labels.shape)}")
+    if labels.device != device:
+        raise ValueError(f"label_B is on {labels.device} but the model is on {device}; move one of them")
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high > var.num_classes:
+        raise ValueError(f"labels must be in [0, {var.num_classes}], {var.num_classes} = no class; got {low}..{high}")
+    return labels.long()
+
+
+def draw_labels(var: VAR, batch: int, generator: torch.Generator | None) -> Tensor:
+    """Classes (B,) drawn uniformly, as the published model draws them."""
+    uniform = torch.full((1, var.num_classes), 1.0 / var.num_classes, device=var.lvl_1L.device)
+    return torch.multinomial(uniform, num_samples=batch, replacement=True, generator=generator).reshape(batch)
+
+
+def check_model(var: VAR) -> None:
+    """Raises where transformer and tokenizer cannot work together."""
+    vae = var.vae_proxy[0]
+    ours, theirs = var.pos_start.device, vae.post_quant_conv.weight.device
+    if ours != theirs:
+        raise ValueError(
+            f"the transformer is on {ours} but its tokenizer on {theirs}; move the tokenizer too: it is no "
+            f"submodule (var.vae_proxy[0].to({str(ours)!r}))"
+        )
+    if var.prog_si >= 0:
+        raise ValueError(f"prog_si={var.prog_si} is a setting of progressive training; set it to -1 to generate")

@@ -1,0 +1,109 @@
+"""Evaluation of a whole model, tokenizer and transformer, on a folder of images or on the digits."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from varkern.eval.digits import DigitMeasures
+from varkern.models import VAR, VARHF
+from varkern.train.config import DataConfig, check, option, required, resolve_device
+from varkern.train.data import Part, batches, load_split
+from varkern.train.encode import encode_all
+from varkern.train.run import atomic_write
+from varkern.train.tokenizer import tokenizer_metrics
+from varkern.train.transformer import token_metrics_on
+
+__all__ = ["EvaluateConfig", "evaluate", "generate"]
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig(DataConfig):
+    """What to measure. The split must be that of training (same ``held_out`` and ``split_seed``)."""
+
+    model: str = required("folder (or Hub repository) that VARHF.from_pretrained reads")
+    part: str = option("held_out", "images to measure on: 'held_out' or 'train'")
+    batch_size: int = option(128, "images at a time")
+    generate: bool = option(False, "also generate and measure images (digits only)")
+    cfg: float = option(1.5, "classifier-free guidance scale")
+    top_k: int = option(0, "sample among the k most likely tokens; 0 does not cut")
+    top_p: float = option(0.0, "sample in the smallest set of tokens of this probability; 0 does not cut")
+    seed: int = option(0, "seed of generation and of the conditional dropout in the token loss")
+    device: str = option("auto", "device; 'auto' takes CUDA when there is one")
+    out: str | None = option(None, "JSON file for the result")
+
+    def validate(self) -> None:
+        """Raise ``ValueError`` with one sentence for the first setting that cannot work."""
+        self.validate_data()
+        check(self.part in ("held_out", "train"), f"part is {self.part!r}; use 'held_out' or 'train'")
+        check(self.batch_size > 0, f"batch_size is {self.batch_size}; it must be positive")
+        check(
+            not self.generate or self.data == "digits",
+            "generated images are measured for data 'digits' only; for others write them out and use an FID tool",
+        )
+
+
+def generate(
+    var: VAR, labels: np.ndarray, *, cfg: float, top_k: int, top_p: float, seed: int, batch_size: int = 128
+) -> torch.Tensor:
+    """Images (n, c, s, s) float32 in [-1, 1] on the CPU of the classes ``labels`` (n,).
+
+    Batch b is drawn with seed ``seed + b``, so the result depends on ``batch_size`` as well.
+    """
+    device = next(var.parameters()).device
+    parts = []
+    for b, at in enumerate(tqdm(range(0, len(labels), batch_size), desc="generating", leave=False)):
+        label_B = torch.from_numpy(labels[at : at + batch_size]).to(device)
+        images = var.autoregressive_infer_cfg(len(label_B), label_B, g_seed=seed + b, cfg=cfg, top_k=top_k, top_p=top_p)
+        parts.append(images.float().cpu() * 2 - 1)
+    return torch.cat(parts)
+
+
+def stacked(part: Part) -> torch.Tensor:
+    return torch.cat([images for images, _ in batches(part, range(len(part)), 256)])
+
+
+@torch.no_grad()
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """Reconstruction PSNR (dB), codebook usage (%), token loss and accuracy and, on request, quality of digits.
+
+    Token metrics keep every class label (no conditional dropout). Writes ``config.out`` when given.
+    """
+    config.validate()
+    device = resolve_device(config.device)
+    var = VARHF.from_pretrained(config.model).to(device).eval()
+    vae = var.vae_proxy[0].to(device).eval()
+    size = vae.quantize.v_patch_nums[-1] * vae.downsample
+    check(config.image_size == size, f"image_size is {config.image_size} but the model makes {size} pixels")
+    check(config.channels == vae.in_channels, f"channels is {config.channels} but the model has {vae.in_channels}")
+    train, held_out = load_split(replace(config, augment=False, flip=False))
+    part = held_out if config.part == "held_out" else train
+    check(len(part) > 0, f"the {config.part} part of {config.data} is empty; change held_out")
+    check(len(part.classes) == var.num_classes, f"{config.data} has {len(part.classes)} classes, not {var.num_classes}")
+
+    result: dict[str, Any] = {"part": config.part, "images": len(part)}
+    result["tokenizer"] = tokenizer_metrics(vae, part, config.batch_size, device)
+    tokens = encode_all(vae, part, config.batch_size, device, workers=config.workers)
+    dropped, var.cond_drop_rate = var.cond_drop_rate, 0.0
+    result["transformer"] = token_metrics_on(var, vae, tokens, config.batch_size, device)
+    var.cond_drop_rate = dropped
+    if config.generate:
+        measures = DigitMeasures(stacked(train), train.labels, stacked(held_out), held_out.labels)
+        settings: dict[str, Any] = {
+            "cfg": config.cfg,
+            "top_k": config.top_k,
+            "top_p": config.top_p,
+            "seed": config.seed,
+        }
+        images = generate(var, part.labels, **settings, batch_size=config.batch_size)
+        result["generation"] = {**settings, "batch_size": config.batch_size, **measures.measure(images, part.labels)}
+    if config.out is not None:
+        text = json.dumps(result, indent=2) + "\n"
+        atomic_write(Path(config.out), lambda file: file.write(text.encode()))
+    return result

@@ -1,0 +1,159 @@
+"""Images as files and pictures: reading into a model's size, PNGs written atomically, labelled sheets of images."""
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor
+
+__all__ = ["from_uint8", "held_out_digits", "read_image", "read_mask", "sheet", "to_pil", "to_uint8", "write_png"]
+
+_INK, _PAPER = "#202020", "#ffffff"
+
+
+def to_uint8(images: Tensor) -> np.ndarray:
+    """(..., C, H, W) in [0, 1] -> (..., H, W, C) uint8, rounded; values outside are clamped."""
+    return images.detach().float().clamp(0, 1).mul(255).round().to(torch.uint8).movedim(-3, -1).cpu().numpy()
+
+
+def from_uint8(pixels: np.ndarray) -> Tensor:
+    """(H, W) or (H, W, C) uint8 -> (C, H, W) float32 in [-1, 1]."""
+    tensor = torch.from_numpy(pixels.copy()).float().div_(127.5).sub_(1)
+    return tensor.unsqueeze(0) if tensor.ndim == 2 else tensor.movedim(-1, 0).contiguous()
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """(C, H, W) in [0, 1], C = 1 (grey) or 3 (RGB) -> a Pillow image."""
+    if image.ndim != 3 or image.shape[0] not in (1, 3):
+        raise ValueError(f"an image must be (1, H, W) or (3, H, W), got {tuple(image.shape)}")
+    pixels = to_uint8(image)
+    return Image.fromarray(pixels[..., 0] if image.shape[0] == 1 else pixels)
+
+
+def _open(path: str | os.PathLike[str], channels: int) -> Image.Image:
+    """An upright "L" or "RGB" image; transparency is laid on white."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no image file {path}")
+    try:
+        with Image.open(path) as opened:
+            image = ImageOps.exif_transpose(opened)
+            if image.mode.startswith("I"):  # 16-bit grey, which Pillow's conversion would clip
+                image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("L" if channels == 1 else "RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} cannot be read as an image ({error}); convert it to PNG or JPEG") from error
+
+
+def read_image(path: str | os.PathLike[str], size: int, channels: int) -> Tensor:
+    """An image file of any size -> (channels, size, size) float32 in [-1, 1].
+
+    The short side is resized to ``size`` (Lanczos) and the centre is cropped. channels: 1 (grey) or 3 (RGB).
+    Raises FileNotFoundError or ValueError naming the file.
+    """
+    image = _open(path, channels)
+    if image.size != (size, size):
+        image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+    return from_uint8(np.asarray(image))
+
+
+def read_mask(path: str | os.PathLike[str], size: int) -> Tensor:
+    """A grey picture, white inside the region -> (size, size) float32 in [0, 1], cut as `read_image` cuts."""
+    return read_image(path, size, channels=1)[0].add(1).div(2)
+
+
+def held_out_digits(count: int, size: int, channels: int) -> tuple[Tensor, list[int]]:
+    """Real digits the bundled model was not trained on, 0 to 9 in turn: (count, channels, size, size) in [-1, 1].
+
+    Raises ImportError without scikit-learn, which carries them, and ValueError where there are too few.
+    """
+    from varkern.train.config import DataConfig
+    from varkern.train.data import load_split
+
+    _, held_out = load_split(DataConfig(data="digits", image_size=size, channels=channels))
+    if count > len(held_out):
+        raise ValueError(f"there are {len(held_out)} held-out digits, {count} were asked for")
+    # The i-th of each digit comes before the (i + 1)-th of any.
+    rank = [(int((held_out.labels[:i] == label).sum()), int(label), i) for i, label in enumerate(held_out.labels)]
+    chosen = sorted(rank)[:count]
+    return torch.stack([held_out[i][0] for _, _, i in chosen]), [label for _, label, _ in chosen]
+
+
+def write_png(image: Image.Image, path: str | os.PathLike[str]) -> Path:
+    """Write a PNG atomically, making its folder: a reader sees the old file or the whole new one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            image.save(file, format="PNG", optimize=True)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    return path
+
+
+def sheet(
+    rows: Sequence[Tensor],
+    *,
+    row_labels: Sequence[str] = (),
+    column_labels: Sequence[str] = (),
+    title: str = "",
+    enlarge: int = 1,
+    gap: int = 4,
+) -> Image.Image:
+    """Rows of images on white paper, with labels at the left and above; grey where every image is.
+
+    Labels are in Pillow's built-in font.
+
+    Args:
+        rows: each (n, C, H, W) in [0, 1], all images of one size; n may differ from row to row.
+        row_labels, column_labels: one a row or column, or none.
+        title: a line above everything.
+        enlarge: whole factor of magnification; each pixel becomes a square.
+        gap: pixels between images.
+
+    Raises ValueError where sizes or the number of labels do not fit.
+    """
+    sizes = {tuple(row.shape[-2:]) for row in rows}
+    if len(sizes) != 1 or any(row.ndim != 4 or not len(row) for row in rows):
+        raise ValueError(f"rows must be (n, C, H, W) images of one size, got {[tuple(row.shape) for row in rows]}")
+    columns = max(len(row) for row in rows)
+    if len(row_labels) not in (0, len(rows)) or len(column_labels) not in (0, columns):
+        raise ValueError(
+            f"{len(rows)} rows of {columns} images have {len(row_labels)} row and {len(column_labels)} column labels; "
+            "give one for each, or none"
+        )
+    height, width = (side * enlarge for side in sizes.pop())
+    font = ImageFont.load_default(size=14)
+    line = 20
+    left = gap + (max(round(font.getlength(text)) for text in row_labels) + 8 if row_labels else 0)
+    top = gap + (line if title else 0) + (line if column_labels else 0)
+    step_x, step_y = width + gap, height + gap
+    if column_labels:
+        step_x = max(step_x, *(round(font.getlength(text)) + 8 for text in column_labels))
+    indent = (step_x - gap - width) // 2  # images stand in the middle of columns that a long label widens
+    across = max(left + columns * step_x, round(font.getlength(title)) + 2 * gap)
+    grey = all(row.shape[1] == 1 for row in rows)
+    canvas = Image.new("L" if grey else "RGB", (across, top + len(rows) * step_y), _PAPER)
+    draw = ImageDraw.Draw(canvas)
+    if title:
+        draw.text((gap, gap + line // 2), title, _INK, font, anchor="lm")
+    for x, text in enumerate(column_labels):
+        draw.text((left + x * step_x + width // 2 + indent, top - line // 2 - 2), text, _INK, font, anchor="mm")
+    for y, row in enumerate(rows):
+        if row_labels:
+            draw.text((left - 8, top + y * step_y + height // 2), row_labels[y], _INK, font, anchor="rm")
+        for x, image in enumerate(row):
+            cell = to_pil(image).resize((width, height), Image.Resampling.NEAREST)
+            canvas.paste(cell, (left + x * step_x + indent, top + y * step_y))
+    return canvas

@@ -1,0 +1,10 @@
+"""The models, with the official parameter names."""
+
+from varkern.models.build import build_vae_var, load
+from varkern.models.checkpoint import CheckpointError
+from varkern.models.hub import VARHF
+from varkern.models.quantizer import VectorQuantizer2
+from varkern.models.var import VAR
+from varkern.models.vqvae import VQVAE
+
+__all__ = ["VAR", "VARHF", "VQVAE", "CheckpointError", "VectorQuantizer2", "build_vae_var", "load"]

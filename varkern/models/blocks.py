@@ -1,0 +1,150 @@
+"""The transformer's block: attention and feed-forward around adaptive layer norms."""
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from varkern.ops import attention as ops
+from varkern.ops.norm import modulated_layer_norm
+
+
+class DropPath(nn.Module):
+    """Drops a sample's residual path with probability ``drop_prob`` while training (arXiv 1603.09382)."""
+
+    def __init__(self, drop_prob: float) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.drop_prob == 0.0 or not self.training:
+            return x
+        keep = 1 - self.drop_prob
+        mask = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep)
+        return x * mask.div_(keep)
+
+
+class FFN(nn.Module):
+    """Linear, GELU (tanh form), Linear."""
+
+    def __init__(self, in_features: int, hidden_features: int, drop: float) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(in_features, hidden_features)
+        self.act = nn.GELU(approximate="tanh")
+        self.fc2 = nn.Linear(hidden_features, in_features)
+        self.drop = nn.Dropout(drop) if drop > 0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.fc2(self.act(self.fc1(x))))
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention; while `kv_caching` is on, each call appends its keys and values to a cache."""
+
+    zero_k_bias: Tensor
+
+    def __init__(self, embed_dim: int, num_heads: int, attn_drop: float, proj_drop: float, attn_l2_norm: bool) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = num_heads, embed_dim // num_heads
+        self.attn_l2_norm = attn_l2_norm
+        self.scale = 1.0 if attn_l2_norm else 0.25 / self.head_dim**0.5
+        if attn_l2_norm:
+            self.scale_mul_1H11 = nn.Parameter(torch.full((1, num_heads, 1, 1), 4.0).log())
+        self.mat_qkv = nn.Linear(embed_dim, 3 * embed_dim, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(embed_dim))
+        self.v_bias = nn.Parameter(torch.zeros(embed_dim))
+        self.register_buffer("zero_k_bias", torch.zeros(embed_dim))
+        self.proj = nn.Linear(embed_dim, embed_dim)
+        self.proj_drop = nn.Dropout(proj_drop) if proj_drop > 0 else nn.Identity()
+        self.attn_drop = attn_drop
+        self.caching = False
+        self.cached_k: Tensor | None = None  # (B, H, N, D)
+        self.cached_v: Tensor | None = None
+
+    def kv_caching(self, enable: bool) -> None:
+        """Start an empty cache, or drop it."""
+        self.caching, self.cached_k, self.cached_v = enable, None, None
+
+    def forward(self, x: Tensor, attn_bias: Tensor | None) -> Tensor:
+        """x (B, n, C), bias (1, 1, n, N) or None -> (B, n, C)."""
+        B, n, C = x.shape
+        bias = torch.cat((self.q_bias, self.zero_k_bias, self.v_bias))
+        qkv = F.linear(x, self.mat_qkv.weight, bias).view(B, n, 3, self.num_heads, self.head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        if self.attn_l2_norm:
+            q, k = ops.normalize_qk_reference(q, k, self.scale_mul_1H11)
+        if self.caching:
+            if self.cached_k is not None and self.cached_v is not None:
+                k, v = torch.cat((self.cached_k, k), dim=2), torch.cat((self.cached_v, v), dim=2)
+            self.cached_k, self.cached_v = k, v
+        dropout = self.attn_drop if self.training else 0.0
+        out = ops.attention_reference(q, k, v, attn_bias, self.scale, dropout)
+        return self.proj_drop(self.proj(out.transpose(1, 2).reshape(B, n, C)))
+
+
+class SharedAdaLin(nn.Linear):
+    """The AdaLN projection shared by all blocks: (B, D) -> (B, 1, 6, C)."""
+
+    def forward(self, cond_BD: Tensor) -> Tensor:
+        return super().forward(cond_BD).view(-1, 1, 6, self.weight.shape[0] // 6)
+
+
+class AdaLNSelfAttn(nn.Module):
+    """A transformer block whose condition scales, shifts and gates it (AdaLN, arXiv 2212.09748)."""
+
+    def __init__(
+        self,
+        embed_dim: int,
+        cond_dim: int,
+        shared_aln: bool,
+        num_heads: int,
+        mlp_ratio: float,
+        drop: float,
+        attn_drop: float,
+        drop_path: float,
+        norm_eps: float,
+        attn_l2_norm: bool,
+    ) -> None:
+        super().__init__()
+        self.C, self.norm_eps, self.shared_aln = embed_dim, norm_eps, shared_aln
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.attn = SelfAttention(embed_dim, num_heads, attn_drop, drop, attn_l2_norm)
+        self.ffn = FFN(embed_dim, round(embed_dim * mlp_ratio), drop)
+        if shared_aln:
+            self.ada_gss = nn.Parameter(torch.randn(1, 1, 6, embed_dim) / embed_dim**0.5)
+        else:
+            self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(cond_dim, 6 * embed_dim))
+
+    @property
+    def projection(self) -> nn.Linear:
+        return cast(nn.Linear, self.ada_lin[-1])
+
+    def forward(self, x: Tensor, cond_BD: Tensor, attn_bias: Tensor | None) -> Tensor:
+        """x (B, n, C); cond_BD (B, D), or with shared AdaLN the shared projection (B, 1, 6, C) -> (B, n, C)."""
+        if self.shared_aln:
+            modulation = self.ada_gss + cond_BD
+        else:
+            modulation = self.ada_lin(cond_BD).view(-1, 1, 6, self.C)
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation.unbind(2)
+        h = self.attn(modulated_layer_norm(x, scale1, shift1, self.norm_eps), attn_bias)
+        x = x + self.drop_path(h.mul_(gamma1))
+        h = self.ffn(modulated_layer_norm(x, scale2, shift2, self.norm_eps))
+        return x + self.drop_path(h.mul(gamma2))
+
+
+class AdaLNBeforeHead(nn.Module):
+    """The modulated layer norm before the head."""
+
+    def __init__(self, embed_dim: int, cond_dim: int, norm_eps: float) -> None:
+        super().__init__()
+        self.C, self.norm_eps = embed_dim, norm_eps
+        self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(cond_dim, 2 * embed_dim))
+
+    @property
+    def projection(self) -> nn.Linear:
+        return cast(nn.Linear, self.ada_lin[-1])
+
+    def forward(self, x_BLC: Tensor, cond_BD: Tensor) -> Tensor:
+        scale, shift = self.ada_lin(cond_BD).view(-1, 1, 2, self.C).unbind(2)
+        return modulated_layer_norm(x_BLC, scale, shift, self.norm_eps)

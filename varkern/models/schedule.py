@@ -1,0 +1,56 @@
+"""The schedule of token maps: side lengths p_1 < ... < p_K, coarse to fine."""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+
+PATCH_NUMS_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+PATCH_NUMS_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
+
+Size = tuple[int, int]
+
+
+def as_sizes(patch_nums: Sequence[int | Sequence[int]]) -> list[Size]:
+    """(h, w) of each scale; an int stands for a square map.
+
+    Raises ValueError unless there are at least two scales and each is larger than the one before.
+    """
+    sizes: list[Size] = []
+    for p in patch_nums:
+        h, w = (p, p) if isinstance(p, int) else tuple(int(side) for side in p)
+        sizes.append((h, w))
+    grows = all(a[0] <= b[0] and a[1] <= b[1] and a != b for a, b in pairwise(sizes))
+    if len(sizes) < 2 or min(min(s) for s in sizes) < 1 or not grows:
+        raise ValueError(
+            f"patch_nums must be at least two positive sizes, each larger than the one before, such as "
+            f"(1, 2, 3, 4); got {tuple(patch_nums)}"
+        )
+    return sizes
+
+
+def as_patch_nums(patch_nums: Sequence[int]) -> tuple[int, ...]:
+    """The schedule as a tuple of ints; raises ValueError where it is not strictly increasing."""
+    as_sizes(patch_nums)
+    return tuple(int(p) for p in patch_nums)
+
+
+def patch_nums_of_lengths(lengths: Sequence[int]) -> tuple[int, ...]:
+    """Side lengths of square maps with these numbers of tokens; raises ValueError where one is no square."""
+    sides = tuple(math.isqrt(n) for n in lengths)
+    for side, n in zip(sides, lengths, strict=True):
+        if side * side != n:
+            raise ValueError(f"a square token map has a square number of tokens, got {n}; pass (B, p, p) maps instead")
+    return sides
+
+
+def phi_index(position: float, num_phis: int) -> int:
+    """Which of ``num_phis`` residual convolutions serves the scale at ``position`` = k / (K - 1) in [0, 1].
+
+    The one whose tick is nearest. Half-way cases occur in the 256 px schedule, so both the ticks and the distances
+    are float64 from ``numpy.linspace``: another rounding would pick another convolution.
+    """
+    margin = 1 / 3 / num_phis if num_phis == 4 else 1 / 2 / num_phis
+    ticks = np.linspace(margin, 1 - margin, num_phis)
+    return int(np.argmin(np.abs(ticks - position)))

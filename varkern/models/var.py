@@ -1,0 +1,255 @@
+"""`VAR`: the next-scale-prediction transformer (arXiv 2404.02905), with the official names, shapes and results.
+
+Shapes: B batch, L = sum of p_k^2 positions, C width, V codes, Cv code width. ``cond_BD`` is the class embedding.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from varkern.models.blocks import AdaLNBeforeHead, AdaLNSelfAttn, SharedAdaLin
+from varkern.models.quantizer import VectorQuantizer2
+from varkern.models.schedule import PATCH_NUMS_256, as_patch_nums
+from varkern.models.vqvae import VQVAE
+
+
+def _trunc_normal(*shape: int, std: float) -> Tensor:
+    return nn.init.trunc_normal_(torch.empty(*shape), mean=0.0, std=std)
+
+
+class VAR(nn.Module):
+    """Visual AutoRegressive transformer over the token maps of ``vae_local``.
+
+    The tokenizer is held beside the module tree: its weights are in neither `state_dict` nor `parameters`.
+
+    Args:
+        vae_local: the tokenizer; its code width and vocabulary set this model's.
+        num_classes: class ``num_classes`` means "no class" (unconditional).
+        depth, embed_dim, num_heads, mlp_ratio: size of the transformer.
+        drop_rate, attn_drop_rate, drop_path_rate: dropout after projections, of attention weights, of residual paths
+            (growing linearly with depth).
+        norm_eps: of the LayerNorms.
+        shared_aln: one AdaLN projection for all blocks.
+        cond_drop_rate: probability that `forward` replaces a label by "no class".
+        attn_l2_norm: L2-normalise q and k, with a learned temperature a head.
+        patch_nums: side lengths of the token maps, increasing.
+        flash_if_available, fused_if_available: accepted for compatibility; `varkern.use_backend` chooses backends.
+    """
+
+    pos_start: nn.Parameter
+    pos_1LC: nn.Parameter
+    lvl_1L: Tensor
+    attn_bias_for_masking: Tensor
+
+    def __init__(
+        self,
+        vae_local: VQVAE,
+        num_classes: int = 1000,
+        depth: int = 16,
+        embed_dim: int = 1024,
+        num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        norm_eps: float = 1e-6,
+        shared_aln: bool = False,
+        cond_drop_rate: float = 0.1,
+        attn_l2_norm: bool = False,
+        patch_nums: Sequence[int] = PATCH_NUMS_256,
+        flash_if_available: bool = True,
+        fused_if_available: bool = True,
+    ) -> None:
+        super().__init__()
+        if embed_dim % num_heads:
+            raise ValueError(f"embed_dim={embed_dim} is not divisible by num_heads={num_heads}")
+        self.patch_nums = as_patch_nums(patch_nums)
+        if self.patch_nums != vae_local.quantize.v_patch_nums:
+            raise ValueError(
+                f"patch_nums {self.patch_nums} differ from the tokenizer's {vae_local.quantize.v_patch_nums}; "
+                "build both with one schedule"
+            )
+        self.Cvae, self.V = vae_local.Cvae, vae_local.vocab_size
+        self.depth, self.C, self.D, self.num_heads = depth, embed_dim, embed_dim, num_heads
+        self.num_classes, self.cond_drop_rate = num_classes, cond_drop_rate
+        self.attn_l2_norm, self.shared_aln = attn_l2_norm, shared_aln
+        self.using_fused_add_norm_fn = False
+        self.prog_si = -1  # progressive training: the last scale that takes part, -1 = all
+        ends = [0]
+        for p in self.patch_nums:
+            ends.append(ends[-1] + p * p)
+        self.begin_ends = list(itertools.pairwise(ends))
+        self.L, self.first_l = ends[-1], self.patch_nums[0] ** 2
+        self.num_stages_minus_1 = len(self.patch_nums) - 1
+        self._rng: torch.Generator | None = None
+        # A tuple hides them from nn.Module's registration.
+        self.vae_proxy: tuple[VQVAE] = (vae_local,)
+        self.vae_quant_proxy: tuple[VectorQuantizer2] = (vae_local.quantize,)
+
+        std = math.sqrt(1 / embed_dim / 3)
+        self.word_embed = nn.Linear(self.Cvae, embed_dim)
+        self.class_emb = nn.Embedding(num_classes + 1, embed_dim)
+        nn.init.trunc_normal_(self.class_emb.weight, std=std)
+        self.pos_start = nn.Parameter(_trunc_normal(1, self.first_l, embed_dim, std=std))
+        self.pos_1LC = nn.Parameter(_trunc_normal(1, self.L, embed_dim, std=std))
+        self.lvl_embed = nn.Embedding(len(self.patch_nums), embed_dim)
+        nn.init.trunc_normal_(self.lvl_embed.weight, std=std)
+
+        self.shared_ada_lin: nn.Module = nn.Identity()
+        if shared_aln:
+            self.shared_ada_lin = nn.Sequential(nn.SiLU(), SharedAdaLin(embed_dim, 6 * embed_dim))
+        drop_paths = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
+        self.blocks = nn.ModuleList(
+            AdaLNSelfAttn(
+                embed_dim=embed_dim,
+                cond_dim=embed_dim,
+                shared_aln=shared_aln,
+                num_heads=num_heads,
+                mlp_ratio=mlp_ratio,
+                drop=drop_rate,
+                attn_drop=attn_drop_rate,
+                drop_path=drop_path,
+                norm_eps=norm_eps,
+                attn_l2_norm=attn_l2_norm,
+            )
+            for drop_path in drop_paths
+        )
+        scale_of = torch.cat([torch.full((p * p,), k) for k, p in enumerate(self.patch_nums)])
+        self.register_buffer("lvl_1L", scale_of.view(1, self.L))
+        visible = scale_of.view(self.L, 1) >= scale_of.view(1, self.L)
+        bias = torch.zeros(self.L, self.L).masked_fill_(~visible, -torch.inf)
+        self.register_buffer("attn_bias_for_masking", bias.view(1, 1, self.L, self.L))
+        self.head_nm = AdaLNBeforeHead(embed_dim, embed_dim, norm_eps)
+        self.head = nn.Linear(embed_dim, self.V)
+
+    def extra_repr(self) -> str:
+        return f"depth={self.depth}, width={self.C}, heads={self.num_heads}, patch_nums={self.patch_nums}"
+
+    @property
+    def rng(self) -> torch.Generator:
+        """The generator that `autoregressive_infer_cfg` seeds with ``g_seed``; it lives on the model's device."""
+        device = self.lvl_1L.device
+        if self._rng is None or self._rng.device != device:
+            self._rng = torch.Generator(device=device)
+        return self._rng
+
+    def get_logits(self, h: Tensor, cond_BD: Tensor) -> Tensor:
+        """Hidden states (B, n, C), condition (B, C) -> logits (B, n, V) float32."""
+        return self.head(self.head_nm(h.float(), cond_BD).to(self.head.weight.dtype)).float()
+
+    def forward(self, label_B: Tensor, x_BLCv_wo_first_l: Tensor) -> Tensor:
+        """Teacher forcing: labels (B,) and the inputs of scales 2..K (B, L - n_1, Cv) -> logits (B, L, V) float32.
+
+        Each label becomes "no class" with probability ``cond_drop_rate``, drawn from the global generator also in
+        eval mode. With ``prog_si`` >= 0 only the positions up to the end of that scale run.
+        """
+        end = self.L if self.prog_si < 0 else self.begin_ends[self.prog_si][1]
+        self._check_forward(label_B, x_BLCv_wo_first_l, end - self.first_l)
+        B = label_B.shape[0]
+        with torch.autocast(label_B.device.type, enabled=False):
+            dropped = torch.rand(B, device=label_B.device) < self.cond_drop_rate
+            label_B = torch.where(dropped, self.num_classes, label_B)
+            cond_BD = self.class_emb(label_B)
+            x_BLC = cond_BD.unsqueeze(1).expand(B, self.first_l, -1) + self.pos_start.expand(B, self.first_l, -1)
+            if self.prog_si != 0:
+                words = self.word_embed(x_BLCv_wo_first_l.to(self.word_embed.weight.dtype))
+                x_BLC = torch.cat((x_BLC, words), dim=1)
+            else:  # every parameter must get a gradient, or data-parallel training waits for it
+                x_BLC = x_BLC + 0 * (self.word_embed.weight[0, 0] + self.word_embed.bias[0])
+            x_BLC = x_BLC + (self.lvl_embed(self.lvl_1L[:, :end].expand(B, -1)) + self.pos_1LC[:, :end])
+        attn_bias = self.attn_bias_for_masking[:, :, :end, :end]
+        cond_BD_or_gss = self.shared_ada_lin(cond_BD)
+        # Under autocast the blocks run in its type from the first residual on.
+        if torch.is_autocast_enabled(x_BLC.device.type):
+            dtype = torch.get_autocast_dtype(x_BLC.device.type)
+        else:
+            dtype = x_BLC.dtype
+        x_BLC, cond_BD_or_gss, attn_bias = x_BLC.to(dtype), cond_BD_or_gss.to(dtype), attn_bias.to(dtype)
+        for block in self.blocks:
+            x_BLC = block(x=x_BLC, cond_BD=cond_BD_or_gss, attn_bias=attn_bias)
+        return self.get_logits(x_BLC, cond_BD)
+
+    def _check_forward(self, labels: Tensor, x: Tensor, inputs: int) -> None:
+        if labels.ndim != 1 or labels.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"label_B must be (B,) integers, got {tuple(labels.shape)} {labels.dtype}")
+        # Reading values would wait for an accelerator, and break a graph that is being compiled.
+        if labels.device.type == "cpu" and labels.numel() and not torch.compiler.is_compiling():
+            low, high = int(labels.min()), int(labels.max())
+            if low < 0 or high > self.num_classes:
+                raise ValueError(
+                    f"labels must be in [0, {self.num_classes}], {self.num_classes} = no class; got {low}..{high}"
+                )
+        if self.prog_si == 0:
+            return
+        want = (labels.shape[0], inputs, self.Cvae)
+        if tuple(x.shape) != want:
+            raise ValueError(f"x_BLCv_wo_first_l must be {want} for {labels.shape[0]} labels, got {tuple(x.shape)}")
+        if not labels.device == x.device == self.pos_start.device:
+            raise ValueError(
+                f"labels on {labels.device}, inputs on {x.device}, model on {self.pos_start.device}; move them together"
+            )
+
+    def autoregressive_infer_cfg(
+        self,
+        B: int,
+        label_B: int | Sequence[int] | Tensor | None,
+        g_seed: int | None = None,
+        cfg: float = 1.5,
+        top_k: int = 0,
+        top_p: float = 0.0,
+        more_smooth: bool = False,
+    ) -> Tensor:
+        """Generate B images (B, in_channels, H, W) in [0, 1].
+
+        Args:
+            label_B: (B,) classes, one class for all (negative: no class), or None: drawn uniformly.
+            g_seed: seed of `rng`; None draws from the global generator.
+            cfg: guidance; the strength grows linearly from 0 at the first scale to ``cfg`` at the last.
+            top_k, top_p: sampling filters, 0 = off.
+            more_smooth: mix codes by Gumbel-softmax; for pictures, not for metrics.
+
+        Raises ValueError for values outside their domain, before anything is drawn.
+        """
+        from varkern.engine.generate import generate
+
+        return generate(self, B, label_B, g_seed, cfg=cfg, top_k=top_k, top_p=top_p, more_smooth=more_smooth).images
+
+    @torch.no_grad()
+    def init_weights(
+        self,
+        init_adaln: float = 0.5,
+        init_adaln_gamma: float = 1e-5,
+        init_head: float = 0.02,
+        init_std: float = 0.02,
+        conv_std_or_gain: float = 0.02,
+    ) -> None:
+        """Initialise for training: truncated normals of ``init_std`` (negative: sqrt(1 / C / 3)), biases zero.
+
+        ``init_head`` multiplies the head, ``init_adaln`` the AdaLN projections, ``init_adaln_gamma`` their gates;
+        residual projections are divided by sqrt(2 * depth). ``conv_std_or_gain`` is accepted for compatibility: the
+        transformer has no convolution.
+        """
+        if init_std < 0:
+            init_std = math.sqrt(1 / self.C / 3)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.trunc_normal_(module.weight, std=init_std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                module.bias.zero_()
+        if init_head >= 0:
+            self.head.weight.mul_(init_head)
+        self.head_nm.projection.weight.mul_(init_adaln)
+        for block in cast("list[AdaLNSelfAttn]", list(self.blocks)):
+            block.attn.proj.weight.div_(math.sqrt(2 * self.depth))
+            block.ffn.fc2.weight.div_(math.sqrt(2 * self.depth))
+            if block.shared_aln:
+                block.ada_gss[:, :, 2:].mul_(init_adaln)
+                block.ada_gss[:, :, :2].mul_(init_adaln_gamma)
+            else:
+                weight = block.projection.weight
+                weight[2 * self.C :].mul_(init_adaln)
+                weight[: 2 * self.C].mul_(init_adaln_gamma)

@@ -1,0 +1,140 @@
+"""Training of the multi-scale VQVAE tokenizer."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from varkern.models import VQVAE
+from varkern.models.checkpoint import load_checkpoint, save_state
+from varkern.train.codebook import count_codes, restart_unused_codes, usage_of
+from varkern.train.config import TokenizerConfig
+from varkern.train.data import Part, batches, load_split
+from varkern.train.loop import Loop
+from varkern.train.losses import psnr, reconstruction_loss
+from varkern.train.run import Run, atomic_write
+
+__all__ = ["TokenizerLoop", "load_tokenizer", "train_tokenizer"]
+
+CONFIG = "config.json"
+WEIGHTS = "vae.safetensors"
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A frozen tokenizer and the constructor arguments that rebuild it."""
+
+    vae: VQVAE
+    vae_kwargs: dict[str, Any]
+
+
+class TokenizerLoop(Loop):
+    """Squared error of the image, plus the quantizer's codebook and commitment losses, plus the optional terms."""
+
+    config: TokenizerConfig
+    model: VQVAE
+
+    def __init__(self, config: TokenizerConfig, run: Run, vae: VQVAE, train: Part, held_out: Part) -> None:
+        super().__init__(config, run, vae, train)
+        self.held_out = held_out
+
+    def before_step(self) -> dict[str, Any]:
+        config = self.config
+        due = config.restart_every and self.step % config.restart_every == 0
+        if not due or self.step >= config.restart_until * self.total_steps:
+            return {}
+        # Images and draw depend on (seed, step) alone, so that resuming repeats them.
+        order = np.random.default_rng((config.seed, self.step, 1)).permutation(len(self.train_images))
+        count = min(config.restart_images, len(order))
+        images = torch.cat([images for images, _ in batches(self.train_images, order[:count], 256)]).to(self.device)
+        seed = int(np.random.SeedSequence((config.seed, self.step)).generate_state(1, np.uint32)[0])
+        generator = torch.Generator().manual_seed(seed)
+        usage, moved = restart_unused_codes(self.model, images, generator, self.optimizer)
+        return {"usage": usage.overall, "usage_scales": [round(u, 2) for u in usage.scales], "restarted": moved}
+
+    def loss(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
+        config = self.config
+        output, _, vq_loss = self.model(images)
+        image_loss = reconstruction_loss(output.float(), images, config.l1_weight, config.gradient_weight)
+        metrics = {
+            "image_loss": image_loss.item(),
+            "vq_loss": vq_loss.item(),
+            "psnr": psnr(output.detach().float().clamp(-1, 1), images).mean().item(),
+        }
+        return image_loss + vq_loss, metrics
+
+    def validate(self) -> dict[str, float]:
+        return tokenizer_metrics(self.model, self.held_out, self.config.batch_size, self.device)
+
+
+def tokenizer_metrics(vae: VQVAE, images: Part, batch_size: int, device: torch.device) -> dict[str, Any]:
+    """Mean PSNR (dB) of the reconstructions and codebook usage (%) of ``images``."""
+    values, hits = [], torch.zeros(len(vae.quantize.v_patch_nums), vae.vocab_size, dtype=torch.int64)
+    with torch.no_grad():
+        for batch, _ in batches(images, range(len(images)), batch_size):
+            batch = batch.to(device)
+            tokens = vae.img_to_idxBl(batch)
+            output = cast(torch.Tensor, vae.idxBl_to_img(tokens, same_shape=True, last_one=True))
+            values.append(psnr(output, batch).cpu())
+            hits += count_codes(tokens, vae.vocab_size).cpu()
+    usage = usage_of(hits)
+    return {
+        "psnr": torch.cat(values).mean().item(),
+        "usage": usage.overall,
+        "usage_touched": usage.touched,
+        "usage_scales": [round(u, 2) for u in usage.scales],
+        "perplexity": usage.perplexity,
+    }
+
+
+def train_tokenizer(config: TokenizerConfig) -> Path:
+    """Train a tokenizer; returns ``config.out``, which then holds ``vae.safetensors`` and ``config.json``.
+
+    Raises ``ValueError`` for settings that cannot work, ``FileExistsError`` for an occupied output folder.
+    """
+    config.validate()
+    run = Run(config)
+    train, held_out = load_split(config, config.seed)
+    torch.manual_seed(config.seed)
+    vae = VQVAE(**config.vae_kwargs(), test_mode=False)
+    loop = TokenizerLoop(config, run, vae, train, held_out)
+    loop.fit()
+    with loop.exported():
+        save_tokenizer(vae, config.vae_kwargs(), run.folder)
+    return run.folder
+
+
+def save_tokenizer(vae: VQVAE, vae_kwargs: dict[str, Any], folder: Path) -> None:
+    save_state(vae.state_dict(), folder / WEIGHTS)
+    text = json.dumps({"vae_kwargs": vae_kwargs}, indent=2) + "\n"
+    atomic_write(folder / CONFIG, lambda file: file.write(text.encode()))
+
+
+def load_tokenizer(source: str | Path, patch_nums: tuple[int, ...] | None = None) -> Tokenizer:
+    """A frozen tokenizer from a folder of ``train_tokenizer`` or of a whole model, or from a published checkpoint file.
+
+    A file is read as the published architecture (4096 codes of width 32, 160 base channels) with ``patch_nums``,
+    by default the 256 px schedule. Raises ``FileNotFoundError`` or ``ValueError`` saying what is missing.
+    """
+    source = Path(source)
+    if source.is_dir():
+        if not (source / CONFIG).is_file():
+            raise FileNotFoundError(f"{source} holds no {CONFIG}; give a folder written by tokenizer training")
+        settings = json.loads((source / CONFIG).read_text(encoding="utf-8"))
+        if "vae_kwargs" not in settings:
+            raise ValueError(f"{source / CONFIG} has no vae_kwargs; give a folder written by tokenizer training")
+        kwargs, weights = settings["vae_kwargs"], source / WEIGHTS
+    elif source.is_file():
+        kwargs, weights = {"ch": 160}, source
+        if patch_nums is not None:
+            kwargs["v_patch_nums"] = list(patch_nums)
+    else:
+        raise FileNotFoundError(f"tokenizer {source} does not exist; train one first or give its folder")
+    vae = VQVAE(**{**kwargs, "test_mode": True})
+    load_checkpoint(vae, weights)
+    return Tokenizer(vae, kwargs)
