@@ -53,6 +53,13 @@ PYBIND11_MODULE(_C, m) {
                  bindings::modulated_layer_norm_forward, cpu::modulated_layer_norm_forward);
   bindings::bind(m, "modulated_layer_norm_backward", bindings::kModulatedLayerNormBackward,
                  bindings::modulated_layer_norm_backward, cpu::modulated_layer_norm_backward);
+  bindings::bind(m, "residual_quantize", bindings::kResidualQuantize, bindings::residual_quantize,
+                 cpu::residual_quantize);
+  bindings::bind(m, "residual_quantize_backward", bindings::kResidualQuantizeBackward,
+                 bindings::residual_quantize_backward, cpu::residual_quantize_backward);
+  bindings::bind(m, "residual_dequantize", bindings::kResidualDequantize, bindings::residual_dequantize,
+                 cpu::residual_dequantize);
+  bindings::bind(m, "next_scale_input", bindings::kNextScaleInput, bindings::next_scale_input, cpu::next_scale_input);
 
   m.def("simd_level", &cpu::simd_level,
         "simd_level() -> str\n\nWhat runs: what the processor offers, capped by the environment variable VARKERN_SIMD\n"

@@ -53,6 +53,83 @@ constexpr const char* kModulatedLayerNormBackward =
     "grad_out_stride_b, grad_out_stride_l, x_stride_b, x_stride_l, scale_stride_b, x_dtype, cond_dtype, out_dtype)\n\n"
     "grad_out (B, L, C) strided, grad_x (B, L, C) contiguous, grad_scale and grad_shift (B, C) float32, overwritten.";
 
+inline ResidualMaps residual_maps(uintptr_t codebook, uintptr_t phi_weight, uintptr_t phi_bias, uintptr_t scales,
+                                  int64_t num_phis, int64_t B, int64_t V, int64_t Cv, int64_t H, int64_t W, int64_t K,
+                                  float ratio) {
+  return {Pointer{codebook}, Pointer{phi_weight}, Pointer{phi_bias}, Pointer{scales}, num_phis, B, V, Cv, H, W, K,
+          ratio};
+}
+
+inline ResidualQuantize residual_quantize(uintptr_t codebook, uintptr_t phi_weight, uintptr_t phi_bias,
+                                          uintptr_t scales, int64_t num_phis, int64_t B, int64_t V, int64_t Cv,
+                                          int64_t H, int64_t W, int64_t K, float ratio, uintptr_t features,
+                                          int64_t stride_b, int64_t stride_c, int64_t stride_h, int64_t stride_w,
+                                          uintptr_t indices, uintptr_t f_hats, bool cosine, bool all_f_hats) {
+  return {residual_maps(codebook, phi_weight, phi_bias, scales, num_phis, B, V, Cv, H, W, K, ratio),
+          Pointer{features},
+          stride_b,
+          stride_c,
+          stride_h,
+          stride_w,
+          Pointer{indices},
+          Pointer{f_hats},
+          cosine,
+          all_f_hats};
+}
+
+// The first arguments of the residual quantizer's launches, called MAPS below.
+#define VARKERN_RESIDUAL_MAPS "codebook, phi_weight, phi_bias, scales, num_phis, B, V, Cv, H, W, K, ratio"
+
+constexpr const char* kResidualQuantize =
+    "residual_quantize(" VARKERN_RESIDUAL_MAPS ", features, stride_b, stride_c, stride_h, stride_w, indices, f_hats, "
+    "cosine, all_f_hats)\n\n"
+    "codebook (V, Cv), phi_weight (num_phis, Cv, Cv, 3, 3), phi_bias (num_phis, Cv), scales (K, 3) int64: height,\n"
+    "width and phi; features (B, Cv, H, W) strided, indices (B, sum of h * w) int64, f_hats (K or 1, B, Cv, H, W).";
+
+inline ResidualDequantize residual_dequantize(uintptr_t codebook, uintptr_t phi_weight, uintptr_t phi_bias,
+                                              uintptr_t scales, int64_t num_phis, int64_t B, int64_t V, int64_t Cv,
+                                              int64_t H, int64_t W, int64_t K, float ratio, uintptr_t indices,
+                                              int64_t index_stride, uintptr_t f_hats, uintptr_t inputs) {
+  return {residual_maps(codebook, phi_weight, phi_bias, scales, num_phis, B, V, Cv, H, W, K, ratio), Pointer{indices},
+          index_stride, Pointer{f_hats}, Pointer{inputs}};
+}
+
+constexpr const char* kResidualDequantize =
+    "residual_dequantize(" VARKERN_RESIDUAL_MAPS ", indices, index_stride, f_hats, inputs)\n\n"
+    "indices (B, sum of h * w) int64 with rows index_stride apart, f_hats (K, B, Cv, H, W) or 0,\n"
+    "inputs (B, sum of h * w over scales 2 to K + 1, Cv) or 0; with inputs, scales is (K + 1, 3).";
+
+inline ResidualQuantizeBackward residual_quantize_backward(uintptr_t codebook, uintptr_t phi_weight,
+                                                           uintptr_t phi_bias, uintptr_t scales, int64_t num_phis,
+                                                           int64_t B, int64_t V, int64_t Cv, int64_t H, int64_t W,
+                                                           int64_t K, float ratio, uintptr_t indices,
+                                                           uintptr_t grad_f_hats, uintptr_t grad_codebook,
+                                                           uintptr_t grad_phi_weight, uintptr_t grad_phi_bias) {
+  return {residual_maps(codebook, phi_weight, phi_bias, scales, num_phis, B, V, Cv, H, W, K, ratio), Pointer{indices},
+          Pointer{grad_f_hats}, Pointer{grad_codebook}, Pointer{grad_phi_weight}, Pointer{grad_phi_bias}};
+}
+
+constexpr const char* kResidualQuantizeBackward =
+    "residual_quantize_backward(" VARKERN_RESIDUAL_MAPS ", indices, grad_f_hats, grad_codebook, grad_phi_weight, "
+    "grad_phi_bias)\n\n"
+    "indices (B, sum of h * w) int64, grad_f_hats (K, B, Cv, H, W), all contiguous; the gradients are overwritten.";
+
+inline NextScaleInput next_scale_input(uintptr_t f_hat, uintptr_t codes, int64_t stride_b, int64_t stride_c,
+                                       int64_t stride_h, int64_t stride_w, uintptr_t phi_weight, uintptr_t phi_bias,
+                                       uintptr_t next, int64_t B, int64_t Cv, int64_t H, int64_t W, int64_t h,
+                                       int64_t w, int64_t next_h, int64_t next_w, float ratio) {
+  return {Pointer{f_hat}, Pointer{codes}, stride_b, stride_c, stride_h, stride_w, Pointer{phi_weight},
+          Pointer{phi_bias}, Pointer{next}, B, Cv, H, W, h, w, next_h, next_w, ratio};
+}
+
+constexpr const char* kNextScaleInput =
+    "next_scale_input(f_hat, codes, stride_b, stride_c, stride_h, stride_w, phi_weight, phi_bias, next, B, Cv, H, W, "
+    "h, w, next_h, next_w, ratio)\n\n"
+    "f_hat (B, Cv, H, W) contiguous, changed in place; codes (B, Cv, h, w) strided; phi_weight (Cv, Cv, 3, 3) or 0,\n"
+    "phi_bias (Cv); next (B, Cv, next_h, next_w) or 0.";
+
+#undef VARKERN_RESIDUAL_MAPS
+
 template <typename T>
 struct FromPython {
   using type = T;

@@ -129,7 +129,7 @@ class VectorQuantizer2(nn.Module):
         with torch.autocast(f_BChw.device.type, enabled=False):
             sizes = as_sizes(self.v_patch_nums)
             f_BChw = f_BChw.float()
-            f_hat, loss, indices = ops.residual_quantize_train_reference(
+            f_hat, loss, indices = ops.residual_quantize_train(
                 f_BChw, self._codebook(), self.phis(len(sizes)), sizes, self.beta, self.using_znorm
             )
             if self.training and dist.is_initialized():
@@ -166,7 +166,8 @@ class VectorQuantizer2(nn.Module):
                 raise ValueError(f"expected embeddings of {len(phis)} scales {self.v_patch_nums}, got {len(maps)}")
             if all_to_max_scale:
                 full = as_sizes(self.v_patch_nums)[-1]
-                f_hats = ops.residual_dequantize_reference(maps, phis, full)
+                indices, vectors, sizes = ops.maps_as_codes(maps)
+                f_hats = ops.residual_dequantize(indices, vectors, phis, sizes, full)
             else:
                 f_hats = ops.growing_dequantize_reference(maps, phis)
         return f_hats[-1] if last_one else f_hats
@@ -187,17 +188,21 @@ class VectorQuantizer2(nn.Module):
         run = self._running(len(sizes))
         with torch.no_grad(), torch.autocast(f_BChw.device.type, enabled=False):
             phis = self.phis(len(sizes))
-            indices, f_hats = ops.residual_quantize_reference(
-                f_BChw.float(), self._codebook(), phis[:run], sizes[:run], self.using_znorm
+            indices, f_hats = ops.residual_quantize(
+                f_BChw, self._codebook(), phis[:run], sizes[:run], self.using_znorm, all_f_hats=to_fhat
             )
         return f_hats if to_fhat else indices
 
-    def embeddings(self, ms_idx_Bl: Sequence[Tensor]) -> list[Tensor]:
-        """Code embeddings (B, Cv, p_k, p_k) float32 of the indices (B, n_k) of the first scales."""
-        maps = []
+    def _check_tokens(self, ms_idx_Bl: Sequence[Tensor]) -> None:
         for idx, (h, w) in zip(ms_idx_Bl, as_sizes(self.v_patch_nums), strict=False):
             if idx.ndim != 2 or idx.shape[1] != h * w:
                 raise ValueError(f"the tokens of a {h}x{w} map must be (B, {h * w}), got {tuple(idx.shape)}")
+
+    def embeddings(self, ms_idx_Bl: Sequence[Tensor]) -> list[Tensor]:
+        """Code embeddings (B, Cv, p_k, p_k) float32 of the indices (B, n_k) of the first scales."""
+        self._check_tokens(ms_idx_Bl)
+        maps = []
+        for idx, (h, w) in zip(ms_idx_Bl, as_sizes(self.v_patch_nums), strict=False):
             maps.append(self.embedding(idx).float().transpose(1, 2).reshape(idx.shape[0], self.Cvae, h, w))
         return maps
 
@@ -213,8 +218,9 @@ class VectorQuantizer2(nn.Module):
         if len(gt_ms_idx_Bl) < produced:
             raise ValueError(f"the input of scale {produced + 1} needs {produced} token maps, got {len(gt_ms_idx_Bl)}")
         with torch.no_grad(), torch.autocast(gt_ms_idx_Bl[0].device.type, enabled=False):
-            maps = self.embeddings(gt_ms_idx_Bl[:produced])
-            return ops.teacher_forcing_input_reference(maps, self.phis(len(sizes)), sizes)
+            self._check_tokens(gt_ms_idx_Bl[:produced])
+            indices, phis = torch.cat(list(gt_ms_idx_Bl[:produced]), dim=1), self.phis(len(sizes))
+            return ops.teacher_forcing_input(indices, self._codebook(), phis[:produced], sizes)
 
     def get_next_autoregressive_input(self, si: int, SN: int, f_hat: Tensor, h_BChw: Tensor) -> tuple[Tensor, Tensor]:
         """Add the embeddings (B, Cv, p_k, p_k) of scale ``si`` of ``SN`` to f_hat, in place.
@@ -224,7 +230,7 @@ class VectorQuantizer2(nn.Module):
         following: Size | None = as_sizes(self.v_patch_nums)[si + 1] if si != SN - 1 else None
         with torch.autocast(f_hat.device.type, enabled=False):
             phi = phi_of(self.quant_resi[si / (SN - 1)])
-            return ops.next_scale_input_reference(f_hat, h_BChw.float(), phi, following)
+            return ops.next_scale_input(f_hat, h_BChw.float(), phi, following)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # Hit counts of a tokenizer trained with another number of scales say nothing here: keep ours.

@@ -5,12 +5,24 @@ Every op that has a fast backend is used through the function of its file; ``_li
 
 from varkern.ops._library import current_backend, explain, reference_forced, use_backend
 from varkern.ops.norm import modulated_layer_norm, modulated_layer_norm_reference
+from varkern.ops.quantize import (
+    next_scale_input,
+    residual_dequantize,
+    residual_quantize,
+    residual_quantize_train,
+    teacher_forcing_input,
+)
 
 __all__ = [
     "current_backend",
     "explain",
     "modulated_layer_norm",
     "modulated_layer_norm_reference",
+    "next_scale_input",
     "reference_forced",
+    "residual_dequantize",
+    "residual_quantize",
+    "residual_quantize_train",
+    "teacher_forcing_input",
     "use_backend",
 ]

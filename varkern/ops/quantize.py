@@ -1,146 +1,223 @@
-"""Multi-scale residual quantization, as VAR's tokenizer defines it (arXiv 2404.02905, algorithms 1 and 2).
+"""Multi-scale residual quantization (VAR, arXiv 2404.02905, algorithms 1 and 2): encode, train, decode, generate.
 
-A feature map is written as a sum over K scales. At scale k the residual is area-downsampled to p_k x p_k, each
+A feature map is written as a sum over K scales. At scale k the residual is area-downsampled to (h_k, w_k), each
 position is replaced by its nearest code, the codes are bicubically upsampled to the full size, passed through the
-3x3 convolution phi_k, added to the running sum ``f_hat`` and subtracted from the residual.
+3x3 convolution phi_k, added to the running sum ``f_hat`` and subtracted from the residual. ``quantize_reference`` says
+the same in PyTorch; each function here is equivalent to the one named after it there.
 
-Everything here is float32: the choice of a code must not depend on the precision a model runs in.
+Everything is float32, whatever precision a model runs in: codes must not depend on it. A code is the first of the
+nearest; where two distances are equal to float32 rounding, backends may choose differently.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Size = tuple[int, int]
+from varkern.ops._library import current_backend, needs_gradient, reference_forced
+from varkern.ops.quantize_checks import check_features, check_indices, check_step
+from varkern.ops.quantize_operators import dequantize, quantize
+from varkern.ops.quantize_reference import (
+    Phi,
+    Size,
+    code_maps_reference,
+    growing_dequantize_reference,
+    nearest_code_reference,
+    next_scale_input_reference,
+    phi_reference,
+    residual_dequantize_reference,
+    residual_quantize_backward_reference,
+    residual_quantize_reference,
+    residual_quantize_train_reference,
+    teacher_forcing_input_reference,
+)
+
+__all__ = [
+    "Phi",
+    "Size",
+    "code_maps_reference",
+    "growing_dequantize_reference",
+    "maps_as_codes",
+    "nearest_code_reference",
+    "next_scale_input",
+    "next_scale_input_reference",
+    "phi_reference",
+    "residual_dequantize",
+    "residual_dequantize_reference",
+    "residual_quantize",
+    "residual_quantize_backward_reference",
+    "residual_quantize_reference",
+    "residual_quantize_train",
+    "residual_quantize_train_reference",
+    "teacher_forcing_input",
+    "teacher_forcing_input_reference",
+]
 
 
-class Phi(NamedTuple):
-    """The residual convolution of one scale: ``phi(h) = (1 - ratio) * h + ratio * conv(h)``."""
-
-    weight: Tensor | None  # (Cv, Cv, 3, 3); None is the identity
-    bias: Tensor | None  # (Cv,)
-    ratio: float
-
-
-def phi_reference(h: Tensor, phi: Phi) -> Tensor:
-    """phi of a (B, Cv, H, W) map."""
-    if phi.weight is None:
-        return h
-    return h.mul(1 - phi.ratio) + F.conv2d(h, phi.weight, phi.bias, padding=phi.weight.shape[-1] // 2).mul_(phi.ratio)
-
-
-def nearest_code_reference(z: Tensor, codebook: Tensor, cosine: bool = False) -> Tensor:
-    """Index of the nearest code of each row: z (N, Cv), codebook (V, Cv) -> (N,) int64; the first one on a tie.
-
-    The squared distance is expanded to ``|z|^2 + |e|^2 - 2 z.e``; with ``cosine`` the largest cosine wins.
-    """
-    if cosine:
-        return torch.argmax(F.normalize(z, dim=-1) @ F.normalize(codebook.T, dim=0), dim=1)
-    distance = z.square().sum(dim=1, keepdim=True) + codebook.square().sum(dim=1)
-    return torch.argmin(distance.addmm_(z, codebook.T, alpha=-2, beta=1), dim=1)
-
-
-def _scale_codes(rest: Tensor, codebook: Tensor, size: Size, last: bool, cosine: bool) -> Tensor:
-    """Code indices (B, h, w) of the residual (B, Cv, H, W) at one scale."""
-    z = rest if last else F.interpolate(rest, size=size, mode="area")
-    B, C, h, w = z.shape
-    return nearest_code_reference(z.permute(0, 2, 3, 1).reshape(-1, C), codebook, cosine).view(B, h, w)
-
-
-def _scale_map(codes: Tensor, phi: Phi, size: Size, last: bool) -> Tensor:
-    """What one scale adds to f_hat: code embeddings (B, Cv, h, w) -> (B, Cv, H, W)."""
-    return phi_reference(codes.contiguous() if last else F.interpolate(codes, size=size, mode="bicubic"), phi)
-
-
-def residual_quantize_reference(
-    features: Tensor, codebook: Tensor, phis: Sequence[Phi], sizes: Sequence[Size], cosine: bool = False
+def residual_quantize(
+    features: Tensor,
+    codebook: Tensor,
+    phis: Sequence[Phi],
+    sizes: Sequence[Size],
+    cosine: bool = False,
+    all_f_hats: bool = True,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Encode features (B, Cv, H, W) float32 against a codebook (V, Cv).
+    """Encode features against a codebook.
 
-    ``phis`` and ``sizes`` hold one entry a scale that is to run; the map's own size ends the schedule.
-    Returns the indices of each scale, (B, h_k * w_k) int64, and f_hat after each scale, (B, Cv, H, W).
+    Args:
+        features: (B, Cv, H, W), floating point, any strides; computed in float32.
+        codebook: (V, Cv).
+        phis, sizes: one entry a scale that is to run. A map of the full size (H, W) is neither down- nor upsampled.
+            The phis are all the identity, or all have weights and one ratio.
+        cosine: choose the largest cosine instead of the smallest distance.
+        all_f_hats: give f_hat after each scale, or after the last one alone.
+
+    Returns:
+        the indices of each scale, (B, h_k * w_k) int64, and f_hat (B, Cv, H, W) float32 after each scale, or a list of
+        the last. No gradients: ``residual_quantize_train`` has them.
+
+    Raises ``ValueError`` for shapes, dtypes or devices that do not fit, ``RuntimeError`` where the backend asked for
+    cannot serve.
     """
-    full = (features.shape[-2], features.shape[-1])
-    rest, f_hat = features.detach().clone(), torch.zeros_like(features)
-    indices, f_hats = [], []
-    for phi, size in zip(phis, sizes, strict=True):
-        last = size == full
-        codes = _scale_codes(rest, codebook, size, last, cosine)
-        h = _scale_map(F.embedding(codes, codebook).permute(0, 3, 1, 2), phi, full, last)
-        f_hat.add_(h)
-        rest.sub_(h)
-        indices.append(codes.flatten(1))
-        f_hats.append(f_hat.clone())
-    return indices, f_hats
+    with torch.no_grad():
+        features, codebook = _float32("residual_quantize", features=features, codebook=codebook)
+        bank = _stack("residual_quantize", phis, sizes, codebook)
+        if reference_forced():
+            check_features("residual_quantize", features, codebook, *bank)
+            return residual_quantize_reference(features, codebook, phis, sizes, cosine, all_f_hats)
+        f_hats, indices = torch.ops.varkern.residual_quantize(
+            features, codebook, *bank, cosine, all_f_hats, current_backend()
+        )
+    return list(indices.split([h * w for h, w in sizes], dim=1)), list(f_hats.unbind(0))
 
 
-def residual_quantize_train_reference(
-    features: Tensor, codebook: Tensor, phis: Sequence[Phi], sizes: Sequence[Size], beta: float, cosine: bool = False
+def residual_quantize_train(
+    features: Tensor,
+    codebook: Tensor,
+    phis: Sequence[Phi],
+    sizes: Sequence[Size],
+    beta: float,
+    cosine: bool = False,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """The training form: straight-through f_hat (B, Cv, H, W), the scalar loss and the indices of each scale.
 
-    loss = mean over scales of ``beta * mse(sg(f_hat_k), f) + mse(f_hat_k, sg(f))``, sg the stopped gradient and
-    f_hat_k the running sum after scale k. Gradients reach features, codebook and phis. As in the published
-    algorithm the last scale is always the full map.
+    Arguments as in ``residual_quantize``. loss = mean over scales of ``beta * mse(sg(f_hat_k), f) +
+    mse(f_hat_k, sg(f))``, sg the stopped gradient and f_hat_k the running sum after scale k. Gradients reach features,
+    codebook and phis, once; they are deterministic.
     """
-    full = (features.shape[-2], features.shape[-1])
+    features, codebook = _float32("residual_quantize_train", features=features, codebook=codebook)
+    bank = _stack("residual_quantize_train", phis, sizes, codebook)
+    if reference_forced():
+        check_features("residual_quantize_train", features, codebook, *bank)
+        return residual_quantize_train_reference(features, codebook, phis, sizes, beta, cosine)
     target = features.detach()
-    rest, f_hat = target.clone(), torch.zeros_like(target)
-    loss, indices = features.new_zeros(()), []
-    for phi, size in zip(phis, sizes, strict=True):
-        last = size == full
-        codes = _scale_codes(rest, codebook.detach(), size, last, cosine)
-        h = _scale_map(F.embedding(codes, codebook).permute(0, 3, 1, 2), phi, full, last)
-        f_hat = f_hat + h
-        rest.sub_(h.detach())
-        indices.append(codes.flatten(1))
-        loss = loss + F.mse_loss(f_hat.detach(), features) * beta + F.mse_loss(f_hat, target)
-    return (f_hat.detach() - target) + features, loss / len(sizes), indices
+    f_hats, indices = quantize(target, codebook, *bank, cosine, True, current_backend())
+    loss = F.mse_loss(f_hats, target.expand_as(f_hats))
+    if beta:
+        loss = loss + beta * F.mse_loss(features.expand_as(f_hats), f_hats.detach())
+    straight = (f_hats[-1].detach() - target) + features
+    return straight, loss, list(indices.split([h * w for h, w in sizes], dim=1))
 
 
-def residual_dequantize_reference(codes: Sequence[Tensor], phis: Sequence[Phi], size: Size) -> list[Tensor]:
-    """f_hat (B, Cv, H, W) after each scale, from code embeddings (B, Cv, h_k, w_k) of each scale."""
-    f_hat = codes[0].new_zeros(*codes[0].shape[:2], *size, dtype=torch.float32)
-    f_hats = []
-    for k, (h, phi) in enumerate(zip(codes, phis, strict=True)):
-        f_hat.add_(_scale_map(h, phi, size, k == len(codes) - 1))
-        f_hats.append(f_hat.clone())
-    return f_hats
+def residual_dequantize(
+    indices: Tensor, codebook: Tensor, phis: Sequence[Phi], sizes: Sequence[Size], size: Size
+) -> list[Tensor]:
+    """f_hat (B, Cv, H, W) float32 after each scale.
 
-
-def growing_dequantize_reference(codes: Sequence[Tensor], phis: Sequence[Phi]) -> list[Tensor]:
-    """As `residual_dequantize_reference`, but f_hat grows with the scales: its k-th entry is (B, Cv, h_k, w_k)."""
-    f_hat = torch.zeros_like(codes[0], dtype=torch.float32)
-    f_hats = []
-    for h, phi in zip(codes, phis, strict=True):
-        f_hat = F.interpolate(f_hat, size=h.shape[-2:], mode="bicubic") + phi_reference(h, phi)
-        f_hats.append(f_hat)
-    return f_hats
-
-
-def teacher_forcing_input_reference(codes: Sequence[Tensor], phis: Sequence[Phi], sizes: Sequence[Size]) -> Tensor:
-    """Transformer input of scales 2..K from the code embeddings (B, Cv, h_k, w_k) of scales 1..K-1.
-
-    ``sizes`` is the whole schedule (its last entry the full size); only ``len(codes)`` scales are produced.
-    Returns (B, sum of h_k * w_k over the produced scales, Cv) float32: f_hat, area-downsampled to the next scale.
+    indices (B, sum of h_k * w_k) int64 into codebook (V, Cv); phis and sizes one entry a scale; size the full (H, W).
+    Gradients reach codebook and phis, once. Code vectors that are in no codebook: see ``maps_as_codes``. Indices that
+    are out of range raise ``IndexError`` on the CPU.
     """
-    full = sizes[-1]
-    f_hat = codes[0].new_zeros(*codes[0].shape[:2], *full, dtype=torch.float32)
-    inputs = []
-    for h, phi, following in zip(codes, phis, sizes[1:], strict=False):
-        f_hat.add_(_scale_map(h, phi, full, last=False))
-        inputs.append(F.interpolate(f_hat, size=following, mode="area").flatten(2).transpose(1, 2))
-    return torch.cat(inputs, dim=1)
+    (codebook,) = _float32("residual_dequantize", codebook=codebook)
+    bank = _stack("residual_dequantize", phis, sizes, codebook)
+    if reference_forced():
+        check_indices("residual_dequantize", indices, codebook, bank[0], bank[1], bank[4])
+        return residual_dequantize_reference(code_maps_reference(indices, codebook, sizes), phis, size)
+    return list(dequantize(indices, codebook, *bank, *size, current_backend()).unbind(0))
 
 
-def next_scale_input_reference(f_hat: Tensor, codes: Tensor, phi: Phi, following: Size | None) -> tuple[Tensor, Tensor]:
-    """One generation step: add the codes (B, Cv, h, w) of a scale to f_hat (B, Cv, H, W) in place.
+def maps_as_codes(maps: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[Size]]:
+    """Vectors (B, Cv, h_k, w_k) of each scale as a codebook of their own: (indices, codebook, sizes)."""
+    B, Cv = maps[0].shape[:2]
+    vectors = torch.cat([codes.flatten(2) for codes in maps], 2).transpose(1, 2)
+    indices = torch.arange(B * vectors.size(1), device=vectors.device).view(vectors.shape[:2])
+    codebook = vectors.reshape(-1, Cv) if B else vectors.new_zeros(1, Cv)
+    return indices, codebook, [(codes.shape[2], codes.shape[3]) for codes in maps]
+
+
+def teacher_forcing_input(indices: Tensor, codebook: Tensor, phis: Sequence[Phi], sizes: Sequence[Size]) -> Tensor:
+    """Transformer input of the scales after the first: f_hat, area-downsampled to each following scale.
+
+    ``sizes`` is the whole schedule, its last entry the full size; ``indices`` (B, sum of h_k * w_k) int64 are those of
+    its first scales, and ``phis`` has one entry for each of them: at most K - 1. Returns (B, sum of h_k * w_k over the
+    scales after them, Cv) float32. No gradients.
+    """
+    with torch.no_grad():
+        (codebook,) = _float32("teacher_forcing_input", codebook=codebook)
+        if not 0 < len(phis) < len(sizes):
+            raise ValueError(
+                f"teacher_forcing_input: {len(phis)} phis for {len(sizes)} sizes, give one for each scale that has "
+                f"indices, at least 1 and at most {len(sizes) - 1}."
+            )
+        bank = _stack("teacher_forcing_input", phis, sizes[: len(phis)], codebook)
+        flat = [side for size in sizes for side in size]
+        if reference_forced():
+            check_indices("teacher_forcing_input", indices, codebook, bank[0], bank[1], bank[4])
+            maps = code_maps_reference(indices, codebook, sizes[: len(phis)])
+            return teacher_forcing_input_reference(maps, phis, sizes)
+        return torch.ops.varkern.teacher_forcing_input(indices, codebook, *bank[:4], flat, current_backend())
+
+
+def next_scale_input(f_hat: Tensor, codes: Tensor, phi: Phi, following: Size | None) -> tuple[Tensor, Tensor]:
+    """One generation step: add the code vectors (B, Cv, h, w) of a scale to f_hat (B, Cv, H, W) float32, in place.
 
     Returns f_hat and its area-downsampling to the ``following`` size; after the last scale (None) f_hat twice.
+    A call that needs gradients is computed by ``next_scale_input_reference``.
     """
-    size = (f_hat.shape[-2], f_hat.shape[-1])
-    f_hat.add_(_scale_map(codes, phi, size, following is None))
-    return f_hat, f_hat if following is None else F.interpolate(f_hat, size=following, mode="area")
+    weights = () if phi.weight is None or phi.bias is None else (phi.weight, phi.bias)
+    check_step(f_hat, codes, *weights)
+    if reference_forced() or needs_gradient(f_hat, codes, *weights):
+        return next_scale_input_reference(f_hat, codes, phi, following)
+    size = list(following or ())
+    out = torch.ops.varkern.next_scale_input(
+        f_hat, codes, *(weights or (None, None)), phi.ratio, size, current_backend()
+    )
+    return f_hat, f_hat if following is None else out
+
+
+def _float32(op: str, **tensors: Tensor) -> tuple[Tensor, ...]:
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{op}: {name} is {tensor.dtype}, give a floating-point tensor.")
+    return tuple(tensor.float() for tensor in tensors.values())
+
+
+_Bank = tuple[Tensor, Tensor, float, list[int], list[int]]
+
+
+def _stack(op: str, phis: Sequence[Phi], sizes: Sequence[Size], codebook: Tensor) -> _Bank:
+    """The operators' form: weights (n, Cv, Cv, 3, 3), biases (n, Cv), ratio, the phi of each scale, flat sizes."""
+    if len(phis) != len(sizes) or not sizes:
+        raise ValueError(f"{op}: {len(phis)} phis for {len(sizes)} sizes, give one of each for every scale.")
+    weights: list[Tensor] = []
+    biases: list[Tensor] = []
+    phi_of_scale: list[int] = []
+    for phi in phis:
+        if phi.weight is None or phi.bias is None:
+            continue
+        found = next((i for i, weight in enumerate(weights) if weight is phi.weight), len(weights))
+        if found == len(weights):
+            weights.append(phi.weight)
+            biases.append(phi.bias)
+        phi_of_scale.append(found)
+    ratios = {phi.ratio for phi in phis}
+    if len(phi_of_scale) not in (0, len(phis)) or (weights and len(ratios) > 1):
+        raise ValueError(f"{op}: phis with ratios {sorted(ratios)}, give all one ratio and weights, or all no weights.")
+    flat = [side for size in sizes for side in size]
+    if weights:
+        return torch.stack(weights).float(), torch.stack(biases).float(), phis[0].ratio, phi_of_scale, flat
+    Cv = codebook.size(-1)
+    return codebook.new_empty(0, Cv, Cv, 3, 3), codebook.new_empty(0, Cv), 0.0, [0] * len(sizes), flat

@@ -1,0 +1,122 @@
+"""The residual quantizer beside eager PyTorch: encode, teacher-forcing input, training step, one step of generation.
+
+The inputs are those of the 256 px and 512 px tokenizers with random weights: the work does not depend on values. Each
+row records the floor's arithmetic: the distances, and phi as a full-size convolution a scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import shapes
+import torch
+from torch import Tensor
+
+from varkern.models.schedule import as_sizes, phi_index
+from varkern.ops import quantize as ops
+from varkern.ops.quantize import Phi, Size
+
+V, CV, NUM_PHIS = 4096, 32, 4
+SCHEDULES = {"256px": shapes.PATCH_NUMS_256, "512px": shapes.PATCH_NUMS_512}
+BATCHES = [pytest.param(("256px", B), id=f"256px-B{B}") for B in (1, 8)] + [pytest.param(("512px", 1), id="512px-B1")]
+which = pytest.mark.parametrize("which", BATCHES)
+
+
+class Problem:
+    def __init__(self, which: tuple[str, int], device: torch.device) -> None:
+        torch.manual_seed(0)
+        self.sizes: list[Size] = as_sizes(SCHEDULES[which[0]])
+        K, full = len(self.sizes), self.sizes[-1]
+        self.features = torch.randn(which[1], CV, *full, device=device)
+        self.codebook = torch.randn(V, CV, device=device) * 0.5
+        self.weights = [torch.randn(CV, CV, 3, 3, device=device) / 17 for _ in range(NUM_PHIS)]
+        self.biases = [torch.randn(CV, device=device) * 0.02 for _ in range(NUM_PHIS)]
+        self.of_scale = [phi_index(k / (K - 1), NUM_PHIS) for k in range(K)]
+        tokens = sum(h * w for h, w in self.sizes)
+        self.flop = which[1] * (2 * tokens * V * CV + 2 * K * full[0] * full[1] * 9 * CV * CV)
+
+    @property
+    def phis(self) -> list[Phi]:
+        return [Phi(self.weights[i], self.biases[i], 0.5) for i in self.of_scale]
+
+    def facts(self) -> dict[str, Any]:
+        return {"shape": tuple(self.features.shape), "V": V, "sizes": self.sizes, "flop": self.flop}
+
+
+@pytest.mark.benchmark(group="residual_quantize: features to indices")
+@which
+def test_encode(compare: Any, device: torch.device, which: tuple[str, int]) -> None:
+    p = Problem(which, device)
+    args = (p.features, p.codebook, p.phis, p.sizes, False, False)
+    with torch.inference_mode():
+        got, want = ops.residual_quantize(*args)[0], ops.residual_quantize_reference(*args)[0]
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        calls = {
+            "reference": lambda: ops.residual_quantize_reference(*args),
+            "varkern": lambda: ops.residual_quantize(*args),
+        }
+        compare(calls, moved=2 * p.features.nbytes + p.codebook.nbytes, **p.facts())
+
+
+@pytest.mark.benchmark(group="teacher_forcing_input: indices to input")
+@which
+def test_teacher_forcing(compare: Any, device: torch.device, which: tuple[str, int]) -> None:
+    p = Problem(which, device)
+    with torch.inference_mode():
+        tokens = torch.cat(ops.residual_quantize(p.features, p.codebook, p.phis, p.sizes)[0][:-1], 1)
+
+        def eager() -> Tensor:
+            maps = ops.code_maps_reference(tokens, p.codebook, p.sizes[:-1])
+            return ops.teacher_forcing_input_reference(maps, p.phis[:-1], p.sizes)
+
+        def ours() -> Tensor:
+            return ops.teacher_forcing_input(tokens, p.codebook, p.phis[:-1], p.sizes)
+
+        torch.testing.assert_close(ours(), eager(), rtol=0, atol=2e-5)
+        compare({"reference": eager, "varkern": ours}, moved=tokens.nbytes + ours().nbytes, **p.facts())
+
+
+@pytest.mark.benchmark(group="residual_quantize_train: forward and backward")
+@which
+def test_training(compare: Any, device: torch.device, which: tuple[str, int]) -> None:
+    p = Problem(which, device)
+    leaves = [p.features, p.codebook, *p.weights, *p.biases]
+    for leaf in leaves:
+        leaf.requires_grad_()
+
+    def timed(function: Callable[..., Any]) -> Callable[[], tuple[Tensor, ...]]:
+        def step() -> tuple[Tensor, ...]:
+            f_hat, loss, _ = function(p.features, p.codebook, p.phis, p.sizes, 0.25)
+            return torch.autograd.grad(loss + f_hat.square().mean(), leaves)
+
+        return step
+
+    calls = {
+        "reference": timed(ops.residual_quantize_train_reference),
+        "varkern": timed(ops.residual_quantize_train),
+    }
+    for got, want in zip(*(call() for call in calls.values()), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5 * float(want.abs().max()))
+    compare(calls, moved=2 * sum(leaf.nbytes for leaf in leaves), **p.facts())
+
+
+@pytest.mark.benchmark(group="next_scale_input: one step of generation")
+@pytest.mark.parametrize("k", [0, 5, 8])
+def test_step(compare: Any, device: torch.device, k: int) -> None:
+    p = Problem(("256px", 1), device)
+    codes, f_hat = torch.randn(1, CV, *p.sizes[k], device=device), torch.zeros_like(p.features)
+    args = (codes, p.phis[k], p.sizes[k + 1])
+    with torch.inference_mode():
+        for got, want in zip(
+            ops.next_scale_input(f_hat.clone(), *args),
+            ops.next_scale_input_reference(f_hat.clone(), *args),
+            strict=True,
+        ):
+            torch.testing.assert_close(got, want, rtol=0, atol=2e-5)
+        calls = {
+            "reference": lambda: ops.next_scale_input_reference(f_hat.zero_(), *args),
+            "varkern": lambda: ops.next_scale_input(f_hat.zero_(), *args),
+        }
+        compare(calls, moved=2 * f_hat.nbytes + codes.nbytes, scale=p.sizes[k])
