@@ -16,6 +16,7 @@ import varkern
 
 FOLDER = Path(__file__).parent / "golden"
 SMALL = ("d2", "d3-shared-adaln", "d2-cosine-nonshared-phi", "d1-one-scale-step")
+ALL = (*SMALL, "d16-256")
 
 
 @dataclass(frozen=True)
