@@ -11,8 +11,9 @@ BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcar
 demo: $(INSTALLED)
 	$(BIN)/python -m varkern.demo --out out/demo
 
+# A process a core, each on one thread.
 test: $(INSTALLED)
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses=8
 
 bench: $(INSTALLED)
 	$(BIN)/pytest benchmarks --benchmark-only

@@ -4,7 +4,7 @@
 
 Machines drift: another process, a clock that steps down. So the providers of one comparison are not timed one after
 the other but interleaved, one call each in every round, in an order that rotates, and what is compared is the median
-of the ratios within the rounds.
+of the ratios within the rounds. Slow calls get fewer rounds.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 import varkern
 
 ROUNDS, WARM_UP = 60, 5
+MIN_ROUNDS, MAX_SECONDS = 5, 15.0  # of one comparison
 MIN_SECONDS = 1e-3  # of one sample: shorter calls are repeated
 
 
@@ -65,13 +66,16 @@ def _sample(call: Callable[[], Any], repeats: int, device: torch.device) -> floa
 
 def interleave(calls: dict[str, Callable[[], Any]], device: torch.device) -> dict[str, list[float]]:
     """Seconds a call of each provider, one sample each in every round."""
-    repeats = {}
+    repeats, round_seconds = {}, 0.0
     for name, call in calls.items():
-        for _ in range(WARM_UP):
+        first = _sample(call, 1, device)
+        for _ in range(WARM_UP if first < 0.1 else 0):
             call()
-        repeats[name] = max(1, round(MIN_SECONDS / max(_sample(call, 3, device), 1e-7)))
+        estimate = max(_sample(call, 3 if first < 0.1 else 1, device), 1e-7)
+        repeats[name] = max(1, round(MIN_SECONDS / estimate))
+        round_seconds += estimate * repeats[name]
     names, seconds = list(calls), {name: [] for name in calls}
-    for i in range(ROUNDS):
+    for i in range(min(ROUNDS, max(MIN_ROUNDS, round(MAX_SECONDS / round_seconds)))):
         for name in names[i % len(names) :] + names[: i % len(names)]:
             seconds[name].append(_sample(calls[name], repeats[name], device))
     return seconds
@@ -81,11 +85,12 @@ def interleave(calls: dict[str, Callable[[], Any]], device: torch.device) -> dic
 def compare(benchmark: Any, device: torch.device) -> Callable[..., None]:
     """Time providers against the first of them, after their results were checked, and record a row for each.
 
-    ``compare(calls, moved, **facts)``: ``moved`` is the least number of bytes that the computation has to move. The row
-    that pytest-benchmark shows is the last provider's; ``extra_info["providers"]`` has them all.
+    ``compare(calls, moved, flop, **facts)``: the least number of bytes that the computation has to move, and of
+    floating-point operations that it has to do (0: they do not matter). The row that pytest-benchmark shows is the
+    last provider's; ``extra_info["providers"]`` has them all.
     """
 
-    def run(calls: dict[str, Callable[[], Any]], moved: int, **facts: Any) -> None:
+    def run(calls: dict[str, Callable[[], Any]], moved: int, flop: float = 0, **facts: Any) -> None:
         seconds = interleave(calls, device)
         baseline = seconds[next(iter(calls))]
         rows = {}
@@ -97,12 +102,21 @@ def compare(benchmark: Any, device: torch.device) -> Callable[..., None]:
                 "quartiles_s": [low, high],
                 "speedup": ratio,
                 "gb_s": moved / middle / 1e9,
+                "gflop_s": flop / middle / 1e9,
             }
-            print(f"\n{name:>14}: {middle * 1e6:9.1f} µs, {moved / middle / 1e9:7.1f} GB/s, {ratio:5.2f}x", end="")
+            rates = f"{moved / middle / 1e9:7.1f} GB/s, {flop / middle / 1e9:8.1f} GFLOP/s"
+            print(f"\n{name:>14}: {middle * 1e6:9.1f} µs, {rates}, {ratio:5.2f}x", end="")
         versions = {"varkern": varkern.__version__, "torch": torch.__version__, "python": platform.python_version()}
         benchmark.extra_info.update(
-            facts, device=device_name(device), bytes=moved, providers=rows, versions=versions, rounds=ROUNDS
+            facts,
+            device=device_name(device),
+            bytes=moved,
+            flop=flop,
+            providers=rows,
+            versions=versions,
+            rounds=len(baseline),
         )
-        benchmark.pedantic(calls[name], rounds=10, iterations=5, warmup_rounds=1)
+        slow = rows[name]["median_s"] > 0.1
+        benchmark.pedantic(calls[name], rounds=3 if slow else 10, iterations=1 if slow else 5, warmup_rounds=1)
 
     return run

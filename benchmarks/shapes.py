@@ -4,6 +4,8 @@ from __future__ import annotations
 
 PATCH_NUMS_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 PATCH_NUMS_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
+PATCH_NUMS_1024 = (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64)
+SCHEDULES = {"256px": PATCH_NUMS_256, "512px": PATCH_NUMS_512, "1024px": PATCH_NUMS_1024}
 TOKENS_256 = sum(p * p for p in PATCH_NUMS_256)  # 680
 
 WIDTHS = {"d16": 1024, "d20": 1280, "d24": 1536, "d30": 1920, "d36": 2304}

@@ -1,7 +1,6 @@
 // The module varkern._C: argument lists, docstrings and casts.
 #include "bindings.h"
 
-#include <pybind11/stl.h>
 #include <string.h>
 
 #include <string>
@@ -60,6 +59,10 @@ PYBIND11_MODULE(_C, m) {
   bindings::bind(m, "residual_dequantize", bindings::kResidualDequantize, bindings::residual_dequantize,
                  cpu::residual_dequantize);
   bindings::bind(m, "next_scale_input", bindings::kNextScaleInput, bindings::next_scale_input, cpu::next_scale_input);
+  bindings::bind(m, "block_causal_attention_forward", bindings::kBlockCausalAttentionForward,
+                 bindings::block_causal_attention_forward, cpu::block_causal_attention_forward);
+  bindings::bind(m, "block_causal_attention_backward", bindings::kBlockCausalAttentionBackward,
+                 bindings::block_causal_attention_backward, cpu::block_causal_attention_backward);
 
   m.def("simd_level", &cpu::simd_level,
         "simd_level() -> str\n\nWhat runs: what the processor offers, capped by the environment variable VARKERN_SIMD\n"

@@ -2,8 +2,10 @@
 #pragma once
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 #include <stdint.h>
 
+#include <array>
 #include <stdexcept>
 
 #include "varkern.h"
@@ -129,6 +131,62 @@ constexpr const char* kNextScaleInput =
     "phi_bias (Cv); next (B, Cv, next_h, next_w) or 0.";
 
 #undef VARKERN_RESIDUAL_MAPS
+
+// data_ptr and the strides of B, H and L.
+typedef std::array<int64_t, 4> Rows;
+inline HeadRows head_rows(const Rows& rows) { return {Pointer{uintptr_t(rows[0])}, rows[1], rows[2], rows[3]}; }
+
+inline BlockCausalAttention block_causal_attention(const Rows& q, const Rows& k, const Rows& v, uintptr_t q_bias,
+                                                   uintptr_t v_bias, uintptr_t log_scale, uintptr_t lengths, int64_t K,
+                                                   int64_t B, int64_t H, int64_t L, int64_t D, int dtype,
+                                                   double softmax_scale) {
+  return {head_rows(q), head_rows(k), head_rows(v), Pointer{q_bias}, Pointer{v_bias}, Pointer{log_scale},
+          Pointer{lengths}, K, B, H, L, D, dtype, softmax_scale};
+}
+
+inline BlockCausalAttentionForward block_causal_attention_forward(
+    const Rows& q, const Rows& k, const Rows& v, uintptr_t q_bias, uintptr_t v_bias, uintptr_t log_scale,
+    uintptr_t lengths, int64_t K, int64_t B, int64_t H, int64_t L, int64_t D, int dtype, double softmax_scale,
+    const Rows& out, uintptr_t largest, uintptr_t total) {
+  return {block_causal_attention(q, k, v, q_bias, v_bias, log_scale, lengths, K, B, H, L, D, dtype, softmax_scale),
+          head_rows(out), Pointer{largest}, Pointer{total}};
+}
+
+// The first arguments of the launches of block-causal attention.
+#define VARKERN_ATTENTION \
+  "q, k, v, q_bias, v_bias, log_scale, lengths, K, B, H, L, D, dtype, softmax_scale"
+#define VARKERN_ATTENTION_SHAPES                                                                                    \
+  "q, k, v, out and their gradients are (data_ptr, stride_b, stride_h, stride_l) of (B, H, L, D); q_bias and v_bias\n" \
+  "(H, D), log_scale (H), largest and total (B, H, L) and the gradients of biases (B, H, D) and log_scale (B, H) are float64 where\n" \
+  "dtype is 3, else float32, contiguous, 0 for none; lengths (K) int64."
+
+constexpr const char* kBlockCausalAttentionForward =
+    "block_causal_attention_forward(" VARKERN_ATTENTION ", out, largest, total)\n\n" VARKERN_ATTENTION_SHAPES;
+
+inline BlockCausalAttentionBackward block_causal_attention_backward(
+    const Rows& q, const Rows& k, const Rows& v, uintptr_t q_bias, uintptr_t v_bias, uintptr_t log_scale,
+    uintptr_t lengths, int64_t K, int64_t B, int64_t H, int64_t L, int64_t D, int dtype, double softmax_scale,
+    const Rows& grad_out, const Rows& out, uintptr_t largest, uintptr_t total, const Rows& grad_q, const Rows& grad_k, const Rows& grad_v,
+    uintptr_t grad_q_bias, uintptr_t grad_v_bias, uintptr_t grad_log_scale) {
+  return {block_causal_attention(q, k, v, q_bias, v_bias, log_scale, lengths, K, B, H, L, D, dtype, softmax_scale),
+          head_rows(grad_out),
+          head_rows(out),
+          Pointer{largest},
+          Pointer{total},
+          head_rows(grad_q),
+          head_rows(grad_k),
+          head_rows(grad_v),
+          Pointer{grad_q_bias},
+          Pointer{grad_v_bias},
+          Pointer{grad_log_scale}};
+}
+
+constexpr const char* kBlockCausalAttentionBackward =
+    "block_causal_attention_backward(" VARKERN_ATTENTION ", grad_out, out, largest, total, grad_q, grad_k, grad_v, grad_q_bias, "
+    "grad_v_bias, grad_log_scale)\n\n" VARKERN_ATTENTION_SHAPES;
+
+#undef VARKERN_ATTENTION
+#undef VARKERN_ATTENTION_SHAPES
 
 template <typename T>
 struct FromPython {

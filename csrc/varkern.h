@@ -8,7 +8,7 @@
 
 namespace varkern {
 
-enum DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+enum DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kFloat64 = 3 };  // float64: attention alone
 
 // y = (x - mean(x)) * rstd(x) * (1 + scale) + shift over the last axis; arithmetic in float32.
 struct ModulatedLayerNormForward {
@@ -92,6 +92,47 @@ struct NextScaleInput {
   float* next;              // (B, Cv, next_h, next_w), or nullptr after the last scale
   int64_t B, Cv, H, W, h, w, next_h, next_w;
   float ratio;
+};
+
+// Rows of D contiguous elements, (B, H, L, D), rows anywhere.
+struct HeadRows {
+  void* data;
+  int64_t stride_b, stride_h, stride_l;
+};
+
+constexpr double kMaxLogScale = 4.605170185988092;  // log 100
+
+// Attention in which position i of scale k sees every position of the scales up to k. With x = q + q_bias:
+//   q' = x * softmax_scale, or with log_scale x / |x| * exp(min(log_scale, kMaxLogScale)) * softmax_scale
+//   k' = k, or with log_scale k / |k|;  v' = v + v_bias;  out = softmax over the visible j of (q'_i . k'_j), times v'_j
+// Norms are at least 1e-12. Real is double where dtype is float64, else float; all arithmetic is Real.
+struct BlockCausalAttention {
+  HeadRows q, k, v;        // dtype
+  const void *q_bias;      // (H, D) Real, or nullptr
+  const void *v_bias;      // (H, D) Real, or nullptr
+  const void* log_scale;   // (H) Real, or nullptr
+  const int64_t* lengths;  // (K): positions of each scale, L together
+  int64_t K, B, H, L, D;
+  int dtype;
+  double softmax_scale;
+};
+
+struct BlockCausalAttentionForward {
+  BlockCausalAttention args;
+  HeadRows out;    // dtype
+  void* largest;  // (B, H, L) Real: the largest q'_i . k'_j
+  void* total;    // (B, H, L) Real: the sum of exp(q'_i . k'_j - largest)
+};
+
+// Gradients of q, k and v as given, before the biases and norms; sums are taken in an order fixed by the shapes alone.
+struct BlockCausalAttentionBackward {
+  BlockCausalAttention args;
+  HeadRows grad_out, out;  // dtype
+  const void *largest, *total;  // (B, H, L) Real
+  HeadRows grad_q, grad_k, grad_v;  // dtype, overwritten
+  void *grad_q_bias;     // (B, H, D) Real, a batch element's share, or nullptr
+  void *grad_v_bias;     // (B, H, D) Real, or nullptr
+  void* grad_log_scale;  // (B, H) Real, or nullptr
 };
 
 namespace cpu {

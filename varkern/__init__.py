@@ -10,7 +10,7 @@ from varkern import edit
 from varkern._version import __version__
 from varkern.engine import Generation, generate
 from varkern.models import VAR, VARHF, VQVAE, CheckpointError, VectorQuantizer2, build_vae_var, load
-from varkern.ops import current_backend, modulated_layer_norm, use_backend
+from varkern.ops import block_causal_attention, current_backend, modulated_layer_norm, use_backend
 
 __all__ = [
     "VAR",
@@ -20,6 +20,7 @@ __all__ = [
     "Generation",
     "VectorQuantizer2",
     "__version__",
+    "block_causal_attention",
     "build_vae_var",
     "current_backend",
     "edit",

@@ -11,6 +11,7 @@ namespace {
 
 // Below this much memory traffic a thread costs more to wake than it saves (docs/build.md).
 constexpr int64_t kBytesPerThread = 128 * 1024;
+constexpr int64_t kWorkPerByte = 8;  // multiply-adds that cost about as much as one byte of that traffic
 
 // At most one thread a task and kBytesPerThread a thread; never nested in another parallel region.
 inline int thread_count(int64_t tasks, int64_t bytes) {
@@ -23,6 +24,15 @@ inline int thread_count(int64_t tasks, int64_t bytes) {
 #else
   (void)tasks, (void)bytes;
   return 1;
+#endif
+}
+
+// Of the thread that asks, within its parallel region.
+inline int thread_number() {
+#ifdef _OPENMP
+  return omp_get_thread_num();
+#else
+  return 0;
 #endif
 }
 

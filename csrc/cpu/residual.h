@@ -11,6 +11,7 @@
 
 #include "cpu/parallel.h"
 #include "cpu/vector.h"
+#include "cpu/workspace.h"
 #include "varkern.h"
 
 namespace varkern {
@@ -19,12 +20,7 @@ namespace {
 constexpr int kBlock = 32;                     // channels are padded to a multiple of this
 constexpr int kBlockVectors = kBlock / kWidth;
 constexpr int kPanel = 2 * kWidth;             // columns of one register tile
-constexpr int kRows = kWidth == 16 ? 8 : 6;    // rows of one: with two vectors each, what the registers hold
 constexpr int kTaps = 9;                       // of the 3 x 3 convolution
-
-inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-inline int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t maximum(int64_t a, int64_t b) { return a > b ? a : b; }
 
 inline Floats choose(Mask mask, Floats a, Floats b) { return mask ? a : b; }
 inline Mask choose(Mask mask, Mask a, Mask b) { return mask ? a : b; }
@@ -48,47 +44,6 @@ inline Team current_team() {
 #else
   return {0, 1};
 #endif
-}
-
-// Cuts one allocation into pieces. A first pass without memory measures, a second one hands out.
-struct Arena {
-  char* base;
-  int64_t used;
-
-  template <typename T>
-  T* take(int64_t count) {
-    T* piece = (T*)(base + used);
-    used += round_up(count * int64_t(sizeof(T)), 64);
-    return base ? piece : nullptr;
-  }
-};
-
-// Runs prepare(arena) to measure, allocates, runs it again, then body(). False: out of memory.
-template <typename Prepare, typename Body>
-inline bool with_workspace(const Prepare& prepare, const Body& body) {
-  Arena arena{nullptr, 0};
-  prepare(arena);
-  char* memory = (char*)__builtin_malloc(arena.used + 64);
-  if (!memory) return false;
-  arena = {memory + (64 - uintptr_t(memory) % 64), 0};
-  prepare(arena);
-  body();
-  __builtin_free(memory);
-  return true;
-}
-
-template <int N>
-struct Count {
-  enum { value = N };
-};
-
-// body(Count<rows>{}) for 1 <= rows <= kRows, a constant for the compiler.
-template <int R = kRows, typename Body>
-inline void with_rows(int64_t rows, const Body& body) {
-  if constexpr (R > 1) {
-    if (rows < R) return with_rows<R - 1>(rows, body);
-  }
-  body(Count<R>{});
 }
 
 // acc[r] += sum over k of rows[r][k] * (line k of the panel), kPanel columns at a time. Every element is summed in the
@@ -329,7 +284,6 @@ inline void code_pointers(const ResidualMaps& maps, const int64_t* indices, int6
 }
 
 constexpr const char* kOutOfMemory = "out of memory for the workspace of the residual quantizer";
-constexpr int64_t kWorkPerByte = 8;  // multiply-adds that cost about as much as one byte of thread_count's traffic
 
 }  // namespace
 }  // namespace varkern

@@ -6,7 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from varkern.ops import attention as ops
+from varkern.ops import reference_forced
+from varkern.ops.attention import BlockCausal, block_causal_attention_qkv
+from varkern.ops.attention_peers import peer_attention
+from varkern.ops.attention_reference import attention_reference, normalize_qk_reference
 from varkern.ops.norm import modulated_layer_norm
 
 
@@ -66,21 +69,47 @@ class SelfAttention(nn.Module):
         """Start an empty cache, or drop it."""
         self.caching, self.cached_k, self.cached_v = enable, None, None
 
-    def forward(self, x: Tensor, attn_bias: Tensor | None) -> Tensor:
-        """x (B, n, C), bias (1, 1, n, N) or None -> (B, n, C)."""
+    def forward(self, x: Tensor, attn_bias: Tensor | BlockCausal | None) -> Tensor:
+        """x (B, n, C) -> (B, n, C); attn_bias: what is added to the scores, (1, 1, n, N), or who sees whom, or None."""
         B, n, C = x.shape
+        if isinstance(attn_bias, BlockCausal):
+            out = self._block_causal(x, attn_bias)
+        else:
+            q, k, v = self._split(x)
+            if self.caching:
+                if self.cached_k is not None and self.cached_v is not None:
+                    k, v = torch.cat((self.cached_k, k), dim=2), torch.cat((self.cached_v, v), dim=2)
+                self.cached_k, self.cached_v = k, v
+            out = attention_reference(q, k, v, attn_bias, self.scale, self._dropout).transpose(1, 2)
+        return self.proj_drop(self.proj(out.reshape(B, n, C)))
+
+    @property
+    def _dropout(self) -> float:
+        return self.attn_drop if self.training else 0.0
+
+    def _split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v (B, H, n, D), normalised where the model does."""
         bias = torch.cat((self.q_bias, self.zero_k_bias, self.v_bias))
-        qkv = F.linear(x, self.mat_qkv.weight, bias).view(B, n, 3, self.num_heads, self.head_dim)
+        qkv = F.linear(x, self.mat_qkv.weight, bias).view(*x.shape[:2], 3, self.num_heads, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         if self.attn_l2_norm:
-            q, k = ops.normalize_qk_reference(q, k, self.scale_mul_1H11)
+            q, k = normalize_qk_reference(q, k, self.scale_mul_1H11)
+        return q, k, v
+
+    def _block_causal(self, x: Tensor, visible: BlockCausal) -> Tensor:
+        """x (B, L, C) -> (B, L, H, D)."""
         if self.caching:
-            if self.cached_k is not None and self.cached_v is not None:
-                k, v = torch.cat((self.cached_k, k), dim=2), torch.cat((self.cached_v, v), dim=2)
-            self.cached_k, self.cached_v = k, v
-        dropout = self.attn_drop if self.training else 0.0
-        out = ops.attention_reference(q, k, v, attn_bias, self.scale, dropout)
-        return self.proj_drop(self.proj(out.transpose(1, 2).reshape(B, n, C)))
+            raise RuntimeError("A block attends over its cache without a mask: call kv_caching(False), or pass None.")
+        # The kernels have no dropout of the attention weights: a model that trains with it takes the masked SDPA.
+        plain = reference_forced() or (self._dropout > 0 and visible.attention == "varkern")
+        if plain or visible.attention != "varkern":
+            q, k, v = self._split(x)
+            name = "sdpa" if plain else visible.attention
+            q, k = q.to(v.dtype), k.to(v.dtype)
+            return peer_attention(name, q, k, v, visible.lengths, self.scale, self._dropout).transpose(1, 2)
+        qkv = F.linear(x, self.mat_qkv.weight).view(*x.shape[:2], 3, self.num_heads, self.head_dim)
+        log_scale = self.scale_mul_1H11 if self.attn_l2_norm else None
+        return block_causal_attention_qkv(qkv, self.q_bias, self.v_bias, log_scale, visible.lengths, self.scale)
 
 
 class SharedAdaLin(nn.Linear):
@@ -120,7 +149,7 @@ class AdaLNSelfAttn(nn.Module):
     def projection(self) -> nn.Linear:
         return cast(nn.Linear, self.ada_lin[-1])
 
-    def forward(self, x: Tensor, cond_BD: Tensor, attn_bias: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, cond_BD: Tensor, attn_bias: Tensor | BlockCausal | None) -> Tensor:
         """x (B, n, C); cond_BD (B, D), or with shared AdaLN the shared projection (B, 1, 6, C) -> (B, n, C)."""
         if self.shared_aln:
             modulation = self.ada_gss + cond_BD

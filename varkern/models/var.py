@@ -6,7 +6,7 @@ Shapes: B batch, L = sum of p_k^2 positions, C width, V codes, Cv code width. ``
 import itertools
 import math
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from varkern.models.blocks import AdaLNBeforeHead, AdaLNSelfAttn, SharedAdaLin
 from varkern.models.quantizer import VectorQuantizer2
 from varkern.models.schedule import PATCH_NUMS_256, as_patch_nums
 from varkern.models.vqvae import VQVAE
+from varkern.ops.attention import BlockCausal
+from varkern.ops.attention_peers import check_attention
+from varkern.ops.attention_reference import block_causal_mask
 
 
 def _trunc_normal(*shape: int, std: float) -> Tensor:
@@ -37,13 +40,13 @@ class VAR(nn.Module):
         cond_drop_rate: probability that `forward` replaces a label by "no class".
         attn_l2_norm: L2-normalise q and k, with a learned temperature a head.
         patch_nums: side lengths of the token maps, increasing.
-        flash_if_available, fused_if_available: accepted for compatibility; `varkern.use_backend` chooses backends.
+        flash_if_available, fused_if_available: accepted for compatibility; `varkern.use_backend` chooses backends and
+            the attribute `attention` what computes attention in training.
     """
 
     pos_start: nn.Parameter
     pos_1LC: nn.Parameter
     lvl_1L: Tensor
-    attn_bias_for_masking: Tensor
 
     def __init__(
         self,
@@ -79,6 +82,7 @@ class VAR(nn.Module):
         self.attn_l2_norm, self.shared_aln = attn_l2_norm, shared_aln
         self.using_fused_add_norm_fn = False
         self.prog_si = -1  # progressive training: the last scale that takes part, -1 = all
+        self._attention = "varkern"
         ends = [0]
         for p in self.patch_nums:
             ends.append(ends[-1] + p * p)
@@ -120,14 +124,59 @@ class VAR(nn.Module):
         )
         scale_of = torch.cat([torch.full((p * p,), k) for k, p in enumerate(self.patch_nums)])
         self.register_buffer("lvl_1L", scale_of.view(1, self.L))
-        visible = scale_of.view(self.L, 1) >= scale_of.view(1, self.L)
-        bias = torch.zeros(self.L, self.L).masked_fill_(~visible, -torch.inf)
-        self.register_buffer("attn_bias_for_masking", bias.view(1, 1, self.L, self.L))
         self.head_nm = AdaLNBeforeHead(embed_dim, embed_dim, norm_eps)
         self.head = nn.Linear(embed_dim, self.V)
 
     def extra_repr(self) -> str:
         return f"depth={self.depth}, width={self.C}, heads={self.num_heads}, patch_nums={self.patch_nums}"
+
+    @property
+    def attention(self) -> str:
+        """What computes attention in `forward`: "varkern" (the default), or a peer, "sdpa", "flex" or "flash".
+
+        With attention dropout "varkern" leaves the work to "sdpa": its kernels have none. A peer that cannot serve the
+        model's tensors raises RuntimeError, saying why.
+        """
+        return self._attention
+
+    @attention.setter
+    def attention(self, name: str) -> None:
+        self._attention = check_attention(name)
+
+    @property
+    def attn_bias_for_masking(self) -> Tensor:
+        """(1, 1, L, L): 0 where a query sees a key, else -inf. Made at each access; in the state dict, never in use."""
+        mask = block_causal_mask(self.scale_lengths, self.pos_1LC.dtype, self.pos_1LC.device)
+        return mask.view(1, 1, self.L, self.L)
+
+    @property
+    def scale_lengths(self) -> tuple[int, ...]:
+        """The number of positions of each scale."""
+        return tuple(p * p for p in self.patch_nums)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "attn_bias_for_masking"] = self.attn_bias_for_masking
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        _, strict, missing, unexpected, errors = args
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        key = prefix + "attn_bias_for_masking"
+        mask = state_dict.get(key)
+        if mask is None:
+            if strict:
+                missing.append(key)
+            return
+        if key in unexpected:
+            unexpected.remove(key)
+        if mask.shape != (1, 1, self.L, self.L):
+            errors.append(f"size mismatch for {key}: {tuple(mask.shape)} where the model has {(1, 1, self.L, self.L)}")
+        elif not mask.is_meta and not torch.equal(
+            mask.float(), block_causal_mask(self.scale_lengths, torch.float32, mask.device).view(mask.shape)
+        ):
+            errors.append(
+                f"{key} is not the block-causal mask of patch_nums {self.patch_nums}, the only one that serves"
+            )
 
     @property
     def rng(self) -> torch.Generator:
@@ -161,16 +210,17 @@ class VAR(nn.Module):
             else:  # every parameter must get a gradient, or data-parallel training waits for it
                 x_BLC = x_BLC + 0 * (self.word_embed.weight[0, 0] + self.word_embed.bias[0])
             x_BLC = x_BLC + (self.lvl_embed(self.lvl_1L[:, :end].expand(B, -1)) + self.pos_1LC[:, :end])
-        attn_bias = self.attn_bias_for_masking[:, :, :end, :end]
+        scales = len(self.patch_nums) if self.prog_si < 0 else self.prog_si + 1
+        visible = BlockCausal(self.scale_lengths[:scales], self.attention)
         cond_BD_or_gss = self.shared_ada_lin(cond_BD)
         # Under autocast the blocks run in its type from the first residual on.
         if torch.is_autocast_enabled(x_BLC.device.type):
             dtype = torch.get_autocast_dtype(x_BLC.device.type)
         else:
             dtype = x_BLC.dtype
-        x_BLC, cond_BD_or_gss, attn_bias = x_BLC.to(dtype), cond_BD_or_gss.to(dtype), attn_bias.to(dtype)
+        x_BLC, cond_BD_or_gss = x_BLC.to(dtype), cond_BD_or_gss.to(dtype)
         for block in self.blocks:
-            x_BLC = block(x=x_BLC, cond_BD=cond_BD_or_gss, attn_bias=attn_bias)
+            x_BLC = block(x=x_BLC, cond_BD=cond_BD_or_gss, attn_bias=visible)
         return self.get_logits(x_BLC, cond_BD)
 
     def _check_forward(self, labels: Tensor, x: Tensor, inputs: int) -> None:

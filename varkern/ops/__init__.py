@@ -4,6 +4,12 @@ Every op that has a fast backend is used through the function of its file; ``_li
 """
 
 from varkern.ops._library import current_backend, explain, reference_forced, use_backend
+from varkern.ops.attention import (
+    block_causal_attention,
+    block_causal_attention_qkv,
+    block_causal_attention_qkv_reference,
+    block_causal_attention_reference,
+)
 from varkern.ops.norm import modulated_layer_norm, modulated_layer_norm_reference
 from varkern.ops.quantize import (
     next_scale_input,
@@ -14,6 +20,10 @@ from varkern.ops.quantize import (
 )
 
 __all__ = [
+    "block_causal_attention",
+    "block_causal_attention_qkv",
+    "block_causal_attention_qkv_reference",
+    "block_causal_attention_reference",
     "current_backend",
     "explain",
     "modulated_layer_norm",

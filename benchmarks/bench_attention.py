@@ -1,0 +1,122 @@
+"""Block-causal attention: masked SDPA, SDPA a scale at a time, FlexAttention, flash-attn and varkern.
+
+Masked SDPA is what the reference runs. Rows count the arithmetic of visible pairs only, whatever a provider computes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import shapes
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from varkern.ops import block_causal_attention, block_causal_attention_qkv, block_causal_attention_qkv_reference
+from varkern.ops.attention_peers import peer_attention, why_not_peer
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def dtype_of(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def batch_of(device: torch.device, schedule: str) -> int:
+    """2 on a CPU; on a GPU what gives every schedule about the same work as 64 images of 256 px."""
+    return 2 if device.type == "cpu" else {"256px": 64, "512px": 8, "1024px": 1}[schedule]
+
+
+def skip_what_takes_minutes(device: torch.device, schedule: str) -> None:
+    if device.type == "cpu" and schedule == "1024px":
+        pytest.skip("takes minutes on a CPU")
+
+
+def prefixes(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
+    """SDPA without a mask, a call a scale: what one can do without a kernel."""
+    outs, begin = [], 0
+    for length in lengths:
+        end = begin + length
+        outs.append(F.scaled_dot_product_attention(q[:, :, begin:end], k[:, :, :end], v[:, :, :end], scale=scale))
+        begin = end
+    return torch.cat(outs, 2)
+
+
+def providers(q: Tensor, lengths: tuple[int, ...], scale: float) -> dict[str, Attention]:
+    """VARKERN_BENCH_COMPILE=1 adds FlexAttention on a CPU, which has to compile first."""
+    functions: dict[str, Attention] = {
+        "masked SDPA": lambda q, k, v: peer_attention("sdpa", q, k, v, lengths, scale),
+        "SDPA a scale": lambda q, k, v: prefixes(q, k, v, lengths, scale),
+    }
+    for name in ("flex", "flash"):
+        slow = name == "flex" and q.device.type == "cpu" and os.environ.get("VARKERN_BENCH_COMPILE") != "1"
+        if why_not_peer(name, q) is None and not slow:
+            functions[name] = lambda q, k, v, name=name: peer_attention(name, q, k, v, lengths, scale)
+    if q.device.type == "cuda":  # computes every pair, seen or not
+        functions["dense SDPA"] = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, scale=scale)
+    functions["varkern"] = lambda q, k, v: block_causal_attention(q, k, v, lengths=lengths, softmax_scale=scale)
+    return functions
+
+
+def check(got: Tensor, want: Tensor) -> None:
+    tolerance = 32 * torch.finfo(want.dtype).eps
+    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance * float(want.abs().max()))
+
+
+@pytest.mark.benchmark(group="block-causal attention")
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
+@pytest.mark.parametrize("schedule", shapes.SCHEDULES)
+def test_attention(compare: Any, device: torch.device, schedule: str, backward: bool) -> None:
+    skip_what_takes_minutes(device, schedule)
+    lengths, (H, D) = tuple(p * p for p in shapes.SCHEDULES[schedule]), (16, 64)
+    B, L, scale = batch_of(device, schedule), sum(lengths), 0.125
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, B, H, L, D, device=device, dtype=dtype_of(device)).unbind(0)
+    if backward:
+        q, k, v = (tensor.requires_grad_() for tensor in (q, k, v))
+    grad = torch.randn_like(q)
+    functions = providers(q, lengths, scale)
+
+    def timed(function: Attention) -> Callable[[], Any]:
+        if not backward:
+            return lambda: function(q, k, v)
+        return lambda: torch.autograd.grad(function(q, k, v), (q, k, v), grad)
+
+    calls = {name: timed(function) for name, function in functions.items()}
+    want = calls["masked SDPA"]()
+    for name, call in calls.items():
+        if name == "dense SDPA":
+            continue
+        for a, b in zip(call(), want, strict=True) if backward else [(call(), want)]:
+            check(a, b)
+    pairs = sum(n * sum(lengths[: i + 1]) for i, n in enumerate(lengths))
+    flop = 4 * D * B * H * pairs * (3.5 if backward else 1)
+    with torch.inference_mode(not backward):
+        compare(calls, moved=(12 if backward else 4) * q.nbytes, flop=flop, shape=(B, H, L, D), dtype=str(q.dtype))
+
+
+@pytest.mark.benchmark(group="block-causal attention from the qkv projection, forward and backward")
+@pytest.mark.parametrize("schedule", [name for name in shapes.SCHEDULES if name != "1024px"])
+def test_from_the_projection(compare: Any, device: torch.device, schedule: str) -> None:
+    """With biases, L2 norms and temperature: what a block of a published model runs."""
+    lengths, (H, D) = tuple(p * p for p in shapes.SCHEDULES[schedule]), (16, 64)
+    B, L = batch_of(device, schedule), sum(lengths)
+    torch.manual_seed(0)
+    qkv = torch.randn(B, L, 3, H, D, device=device, dtype=dtype_of(device))
+    q_bias, v_bias = torch.randn(2, H * D, device=device).unbind(0)
+    log_scale = torch.full((H,), 4.0, device=device).log()
+    inputs = [tensor.requires_grad_() for tensor in (qkv, q_bias, v_bias, log_scale)]
+    grad = torch.randn(B, L, H, D, device=device, dtype=qkv.dtype)
+
+    def timed(function: Callable[..., Tensor]) -> Callable[[], tuple[Tensor, ...]]:
+        return lambda: torch.autograd.grad(function(*inputs, lengths, 1.0), inputs, grad)
+
+    calls = {"reference": timed(block_causal_attention_qkv_reference), "varkern": timed(block_causal_attention_qkv)}
+    for a, b in zip(*(call() for call in calls.values()), strict=True):
+        check(a, b)
+    pairs = sum(n * sum(lengths[: i + 1]) for i, n in enumerate(lengths))
+    compare(calls, moved=4 * qkv.nbytes, flop=14 * D * B * H * pairs, shape=(B, H, L, D), dtype=str(qkv.dtype))

@@ -1,0 +1,285 @@
+// What the forward and the backward pass of block-causal attention share on the CPU: vectors of float or double, the
+// register-tiled product, and the way from rows of q and k to what is multiplied.
+//
+// Queries are worked on in blocks of rows of one scale. Such rows see the same keys, so nothing here ever looks at a
+// mask: a block ends at its last visible key. Arithmetic is Real: double for double, float for every other type.
+//
+// Internal linkage only, as in vector.h.
+#pragma once
+
+#include "cpu/parallel.h"
+#include "cpu/vector.h"
+#include "cpu/workspace.h"
+#include "varkern.h"
+
+namespace varkern {
+namespace {
+
+template <typename Real>
+struct Lanes;
+template <>
+struct Lanes<float> {
+  typedef Floats type;
+  typedef Words bits;
+  static constexpr int mantissa = 23, bias = 127, degree = 7;
+};
+template <>
+struct Lanes<double> {
+  typedef double type __attribute__((vector_size(4 * kWidth)));
+  typedef uint64_t bits __attribute__((vector_size(4 * kWidth)));
+  static constexpr int mantissa = 52, bias = 1023, degree = 13;
+};
+template <typename Real>
+using Vector = typename Lanes<Real>::type;
+
+template <typename Real>
+constexpr int64_t kLanes = 4 * kWidth / int64_t(sizeof(Real));
+template <typename Real>
+constexpr int64_t kColumns = 2 * kLanes<Real>;  // of a register tile
+
+// The arithmetic type of an element type.
+template <typename T>
+struct Arithmetic {
+  typedef float type;
+};
+template <>
+struct Arithmetic<double> {
+  typedef double type;
+};
+
+// Half a vector of floats as doubles, and back.
+inline Vector<double> widen(const float* p) {
+  typedef float Half __attribute__((vector_size(2 * kWidth)));
+  Half v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  return __builtin_convertvector(v, Vector<double>);
+}
+inline Vector<double> widen(const double* p) {
+  Vector<double> v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  return v;
+}
+inline void narrow(float* p, Vector<double> value) {
+  typedef float Half __attribute__((vector_size(2 * kWidth)));
+  const Half v = __builtin_convertvector(value, Half);
+  __builtin_memcpy(p, &v, sizeof(v));
+}
+inline void narrow(double* p, Vector<double> value) { __builtin_memcpy(p, &value, sizeof(value)); }
+
+inline Vector<double> load(const double* p) {
+  Vector<double> v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  return v;
+}
+inline void store(double* p, Vector<double> v) { __builtin_memcpy(p, &v, sizeof(v)); }
+
+template <typename Real>
+inline Real sum(Vector<Real> v) {
+  Real total = v[0];
+  for (int i = 1; i < kLanes<Real>; ++i) total += v[i];
+  return total;
+}
+
+template <typename Real>
+inline Real dot(const Real* a, const Real* b, int64_t n) {
+  Vector<Real> total{};
+  for (int64_t i = 0; i < n; i += kLanes<Real>) total += load(a + i) * load(b + i);
+  return sum<Real>(total);
+}
+
+// e^x for x <= 0 or so, by 2^n e^r with |r| <= ln(2) / 2; 0 where the result would not be a normal number.
+template <typename Real>
+inline Vector<Real> exponential(Vector<Real> x) {
+  typedef Lanes<Real> L;
+  typedef typename L::bits Bits;
+  constexpr Real shift = Real(3) * Real(uint64_t(1) << (L::mantissa - 1));  // adding it rounds to an integer
+  constexpr Real ln2_high = sizeof(Real) == 4 ? Real(0.693359375) : Real(6.93147180369123816490e-01);
+  constexpr Real ln2_low = sizeof(Real) == 4 ? Real(-2.12194440e-4) : Real(1.90821492927058770002e-10);
+  const Vector<Real> shifted = x * Real(1.4426950408889634) + shift, n = shifted - shift;
+  const Vector<Real> r = x - n * ln2_high - n * ln2_low;
+  Real inverse_factorial = 1;
+  for (int i = 2; i <= L::degree; ++i) inverse_factorial /= Real(i);
+  Vector<Real> p = Vector<Real>{} + inverse_factorial;
+#pragma GCC unroll 16
+  for (int i = L::degree; i > 0; --i) p = p * r + (inverse_factorial *= Real(i));
+  const Bits power = ((Bits)shifted << L::mantissa) + (typename L::bits{} + (uint64_t(L::bias) << L::mantissa));
+  const auto vanishes = x < Real(1 - L::bias) * Real(0.6931471805599453);
+  return (Vector<Real>)((Bits)(p * (Vector<Real>)power) & ~(Bits)vanishes);
+}
+
+// n elements as Real, then zeros up to padded, a multiple of the lanes.
+template <typename T>
+inline void read_row(const T* source, int64_t n, int64_t padded, float* row) {
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) store(row + i, load(source + i));
+  for (; i < padded; i += kWidth) store(row + i, i < n ? load(source + i, n - i) : Floats{});
+}
+inline void read_row(const double* source, int64_t n, int64_t padded, double* row) {
+  for (int64_t i = 0; i < padded; ++i) row[i] = i < n ? source[i] : 0.0;
+}
+
+template <typename T>
+inline void write_row(const float* row, int64_t n, T* target) {
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) store(target + i, load(row + i));
+  if (i < n) store(target + i, load(row + i), n - i);
+}
+inline void write_row(const double* row, int64_t n, double* target) {
+  __builtin_memcpy(target, row, n * sizeof(double));
+}
+
+template <typename Sum, typename Real>
+inline void add_to(Sum* row, const Real* addend, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) row[i] += addend[i];
+}
+
+// c[m][n] = or += sum over k of a(m, k) b[k][n], in the order of k; a(m, k) is a[m * a_line + k], or a[k * a_line + m]
+// if kAcross. The sum is complete before it is added to c: adding each term to a large c would round every time.
+// Columns come in panels: b's are panel_step apart, c's side by side.
+template <bool kAcross, bool kAdd, typename Real>
+inline void multiply_panels(const Real* a, int64_t a_line, int64_t M, const Real* b, int64_t panel_step,
+                            int64_t b_line, int64_t depth, int64_t panels, Real* c, int64_t c_line) {
+  for (int64_t panel = 0; panel < panels; ++panel, b += panel_step, c += kColumns<Real>) {
+    for (int64_t m = 0; m < M; m += kRows) {
+      with_rows(minimum(kRows, M - m), [&](auto count) {
+        constexpr int R = decltype(count)::value;
+        const Real* factors = a + (kAcross ? m : m * a_line);
+        const Real* line = b;
+        Real* target = c + m * c_line;
+        Vector<Real> acc[R][2] = {};
+        for (int64_t k = 0; k < depth; ++k, line += b_line) {
+          const Vector<Real> low = load(line), high = load(line + kLanes<Real>);
+#pragma GCC unroll 16
+          for (int r = 0; r < R; ++r) {
+            const Real factor = kAcross ? factors[k * a_line + r] : factors[r * a_line + k];
+            acc[r][0] += factor * low;
+            acc[r][1] += factor * high;
+          }
+        }
+        for (int r = 0; r < R; ++r, target += c_line) {
+          if (kAdd) acc[r][0] += load(target), acc[r][1] += load(target + kLanes<Real>);
+          store(target, acc[r][0]), store(target + kLanes<Real>, acc[r][1]);
+        }
+      });
+    }
+  }
+}
+
+// How a row became what is multiplied: row * factor, with factor = scale / |row| where it is normalised.
+template <typename Real>
+struct Scaling {
+  Real factor;
+  Real projection;  // 1 / scale^2 where the norm depends on the row, else 0
+};
+
+// The factor is found and applied in double: an error of it would be an error of every score of the row alike, which
+// at a temperature of 100 is no longer small.
+template <typename Real>
+inline Scaling<Real> scale_row(Real* row, int64_t n, double scale, bool normalise) {
+  double factor = scale, projection = 0;
+  if (normalise) {
+    constexpr double floor = 1e-12;  // of F.normalize
+    Vector<double> square{};
+    for (int64_t i = 0; i < n; i += kLanes<double>) square += widen(row + i) * widen(row + i);
+    const double norm = __builtin_sqrt(sum<double>(square));
+    factor = scale / (norm < floor ? floor : norm);
+    projection = norm < floor ? 0 : 1 / (scale * scale);
+  }
+  for (int64_t i = 0; i < n; i += kLanes<double>) narrow(row + i, widen(row + i) * factor);
+  return {Real(factor), Real(projection)};
+}
+
+// From the gradient of the scaled row to that of the row, in place. Returns gradient . scaled.
+template <typename Real>
+inline Real scale_row_backward(Real* grad, const Real* scaled, int64_t n, Scaling<Real> scaling) {
+  const Real product = dot(grad, scaled, n), along = product * scaling.projection;
+  for (int64_t i = 0; i < n; i += kLanes<Real>) {
+    store(grad + i, (load(grad + i) - load(scaled + i) * along) * scaling.factor);
+  }
+  return product;
+}
+
+// One head of one batch element.
+template <typename T>
+struct Head {
+  typedef typename Arithmetic<T>::type Real;
+  const BlockCausalAttention* a;
+  int64_t b, h, Dp, Lp;         // D and L padded to whole tiles
+  const Real *q_bias, *v_bias;  // (D) or nullptr
+  double q_scale;
+  bool normalise;
+
+  Head(const BlockCausalAttention& args, int64_t head)
+      : a(&args), b(head / args.H), h(head % args.H), Dp(round_up(args.D, kColumns<Real>)),
+        Lp(round_up(args.L, kColumns<Real>)), q_bias(args.q_bias ? (const Real*)args.q_bias + h * args.D : nullptr),
+        v_bias(args.v_bias ? (const Real*)args.v_bias + h * args.D : nullptr), q_scale(args.softmax_scale),
+        normalise(args.log_scale != nullptr) {
+    if (normalise) q_scale *= __builtin_exp(minimum_log_scale(((const Real*)args.log_scale)[h]));
+  }
+
+  static double minimum_log_scale(double value) { return value > kMaxLogScale ? kMaxLogScale : value; }
+
+  T* row(const HeadRows& rows, int64_t l) const {
+    return (T*)rows.data + b * rows.stride_b + h * rows.stride_h + l * rows.stride_l;
+  }
+
+  Scaling<Real> read_q(int64_t l, Real* out) const {
+    read_row(row(a->q, l), a->D, Dp, out);
+    if (q_bias) add_to(out, q_bias, a->D);
+    return scale_row(out, Dp, q_scale, normalise);
+  }
+  Scaling<Real> read_k(int64_t l, Real* out) const {
+    read_row(row(a->k, l), a->D, Dp, out);
+    return scale_row(out, Dp, 1.0, normalise);
+  }
+  void read_v(int64_t l, Real* out) const {
+    read_row(row(a->v, l), a->D, Dp, out);
+    if (v_bias) add_to(out, v_bias, a->D);
+  }
+};
+
+// Panels (Lp / kColumns, D, kColumns) of the rows (Lp, Dp), so that positions lie across lanes. Rows past L are zeroed.
+template <typename Real>
+inline void transpose_rows(Real* rows, int64_t L, int64_t Lp, int64_t D, int64_t Dp, Real* panels) {
+  __builtin_memset(rows + L * Dp, 0, (Lp - L) * Dp * sizeof(Real));
+  for (int64_t first = 0; first < Lp; first += kColumns<Real>, panels += D * kColumns<Real>) {
+    for (int64_t d = 0; d < D; ++d) {
+      for (int64_t i = 0; i < kColumns<Real>; ++i) panels[d * kColumns<Real> + i] = rows[(first + i) * Dp + d];
+    }
+  }
+}
+
+// Calls body(first row, rows, visible keys) for every block of at most kBlockRows rows of one scale.
+template <int64_t kBlockRows, typename Body>
+inline void for_each_block(const BlockCausalAttention& a, const Body& body) {
+  int64_t begin = 0;
+  for (int64_t k = 0; k < a.K; ++k) {
+    const int64_t end = begin + a.lengths[k];
+    for (int64_t first = begin; first < end; first += kBlockRows) body(first, minimum(kBlockRows, end - first), end);
+    begin = end;
+  }
+}
+
+// Pairs of a query and a key that it sees.
+inline int64_t visible_pairs(const BlockCausalAttention& a) {
+  int64_t pairs = 0, end = 0;
+  for (int64_t k = 0; k < a.K; ++k) pairs += a.lengths[k] * (end += a.lengths[k]);
+  return pairs;
+}
+
+// body(T{}) for the element type of a dtype code.
+template <typename Body>
+inline const char* dispatch_element(int dtype, const Body& body) {
+  switch (dtype) {
+    case kFloat32: return body(float{});
+    case kFloat16: return body(float16{});
+    case kBFloat16: return body(bfloat16{});
+    case kFloat64: return body(double{});
+    default: return "unknown dtype code: 0 is float32, 1 float16, 2 bfloat16, 3 float64";
+  }
+}
+
+constexpr const char* kAttentionOutOfMemory = "out of memory for the workspace of block-causal attention";
+
+}  // namespace
+}  // namespace varkern

@@ -1,0 +1,491 @@
+"""Block-causal attention: values, gradients, operator checks, compilation, strides, memory, bad input."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from varkern.ops import (
+    _library,
+    block_causal_attention,
+    block_causal_attention_qkv,
+    block_causal_attention_qkv_reference,
+    block_causal_attention_reference,
+    use_backend,
+)
+from varkern.ops.attention_reference import block_causal_mask
+
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+PATCH_NUMS_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+LENGTHS_256 = tuple(p * p for p in PATCH_NUMS_256)
+
+
+@dataclass(frozen=True)
+class Case:
+    lengths: tuple[int, ...]
+    B: int = 2
+    H: int = 2
+    D: int = 32
+    dtype: torch.dtype = torch.float32
+    q_bias: bool = True
+    v_bias: bool = True
+    log_scale: bool = True
+    softmax_scale: float = 1.0
+    size: float = 1.0  # of the elements of q and k
+
+    @property
+    def L(self) -> int:
+        return sum(self.lengths)
+
+    def make(self, device: torch.device | str = "cpu") -> list[Tensor | None]:
+        """qkv as a slice of a wider tensor, biases, log_scale with one value above log 100."""
+        qkv = torch.randn(self.B, self.L + 2, 3, self.H + 1, self.D)[:, 1 : self.L + 1, :, : self.H]
+        qkv[:, :, :2] *= self.size
+        present = (self.q_bias, self.v_bias, self.log_scale)
+        tensors = torch.randn(self.H * self.D), torch.randn(self.H * self.D), torch.linspace(0.5, 5.0, self.H)
+        prologue = [tensor.to(device) if is_there else None for tensor, is_there in zip(tensors, present, strict=True)]
+        return [qkv.to(device, self.dtype), *prologue]
+
+
+CASES = {
+    "one_scale": Case((37,), H=1),
+    "small": Case((1, 4, 9, 16), B=3, H=3),
+    "wide_heads": Case((1, 4, 9), D=128),
+    "rectangles": Case((2, 6, 15, 35), D=64),
+    "shrinking": Case((40, 7, 1, 3)),
+    "across_tiles": Case((1, 4, 60, 64, 65, 131), B=1, H=1),
+    "plain": Case((1, 4, 9, 16), q_bias=False, v_bias=False, log_scale=False, softmax_scale=0.125),
+    "biases_only": Case((1, 4, 9, 16), log_scale=False, softmax_scale=0.5),
+    "temperature_only": Case((1, 4, 9, 16), q_bias=False, v_bias=False),
+    "f16": Case((1, 4, 9, 16), dtype=torch.float16),
+    "bf16": Case((1, 4, 9, 16), dtype=torch.bfloat16),
+}
+# Widths that the Triton kernels do not take.
+NARROW = {
+    "odd_heads": Case((1, 4, 9), D=7),
+    "one_channel": Case((1, 4, 9), D=1, log_scale=False, softmax_scale=1.0),
+    "f64": Case((1, 4, 9, 16), D=24, dtype=torch.float64),
+    "256px": Case(LENGTHS_256, B=1, H=2, D=64),
+    "256px_bf16": Case(LENGTHS_256, B=1, H=1, D=64, dtype=torch.bfloat16),
+}
+
+
+def value_and_gradients(function: Callable[..., Tensor], inputs: list[Tensor | None], grad: Tensor) -> list[Tensor]:
+    leaves = [None if tensor is None else tensor.detach().requires_grad_() for tensor in inputs]
+    out = function(*leaves)
+    present = [leaf for leaf in leaves if leaf is not None]
+    return [out.detach(), *torch.autograd.grad(out, present, grad.to(out.dtype))]
+
+
+NAMES = ("value", "gradient of qkv", "gradient of q_bias", "gradient of v_bias", "gradient of log_scale")
+
+
+def assert_as_accurate_as_eager(got: list[Tensor], eager: list[Tensor], exact: list[Tensor]) -> None:
+    """At most twice the error of eager PyTorch, and one rounding of the result's largest element."""
+    for name, a, b, c in zip(NAMES, got, eager, exact, strict=False):
+        assert a.dtype == b.dtype
+        assert a.shape == b.shape == c.shape
+        error, eagers = (a.double() - c).abs().max(), (b.double() - c).abs().max()
+        rounding = torch.finfo(a.dtype).eps * c.abs().max()
+        assert error <= 2 * eagers + rounding, (
+            f"{name}: error {error:.3g}, eager's {eagers:.3g}, rounding {rounding:.3g}"
+        )
+
+
+def compute(case: Case, device: torch.device | str) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Value and gradients of one draw of the case's tensors: the op's, eager PyTorch's and those in float64."""
+    inputs = case.make(device)
+    grad = torch.randn(case.B, case.L, case.H, case.D, device=device).to(case.dtype)
+    doubles = [None if tensor is None else tensor.double() for tensor in inputs]
+    settings = case.lengths, case.softmax_scale
+    got = value_and_gradients(lambda *args: block_causal_attention_qkv(*args, *settings), inputs, grad)
+    eager = value_and_gradients(lambda *args: block_causal_attention_qkv_reference(*args, *settings), inputs, grad)
+    exact = value_and_gradients(lambda *args: block_causal_attention_qkv_reference(*args, *settings), doubles, grad)
+    assert got[0].is_contiguous()
+    with torch.no_grad():
+        assert torch.equal(block_causal_attention_qkv(*inputs, *settings), got[0])
+    return got, eager, exact
+
+
+def check(case: Case, device: torch.device | str = "cpu") -> None:
+    # The largest error of a few numbers is a matter of luck, so that small cases are drawn several times. A few heads'
+    # temperatures are too few even then: test_gradient_of_the_temperature has more.
+    draws = [compute(case, device) for _ in range(4 if case.L < 100 else 1)]
+    got, eager, exact = (
+        [torch.stack(tensors) for tensors in zip(*form, strict=True)] for form in zip(*draws, strict=True)
+    )
+    present = 2 + case.q_bias + case.v_bias
+    assert_as_accurate_as_eager(got[:present], eager[:present], exact[:present])
+
+
+def skip_what_the_interpreter_cannot(case: Case) -> None:
+    if case.dtype == torch.bfloat16 and _library.current_backend() == "triton" and _library.interpreting():
+        pytest.skip("Triton's interpreter is wrong in bfloat16")
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.usefixtures("nan_in_empty")
+def test_value_and_gradient(device: torch.device, case: Case) -> None:
+    skip_what_the_interpreter_cannot(case)
+    check(case, device)
+
+
+def test_gradient_of_the_temperature(device: torch.device) -> None:
+    case = Case((1, 4, 9, 16), B=1, H=12)
+    got, eager, exact = compute(case, device)
+    assert exact[-1][-1] == got[-1][-1] == 0  # above log 100
+    error, eagers = ((form[-1].double() - exact[-1]).square().mean().sqrt() for form in (got, eager))
+    assert error <= 2 * eagers
+
+
+def test_a_position_alone_has_no_gradient_but_its_value(device: torch.device) -> None:
+    """Exactly, the softmax of one score is 1; what is left is the rounding of two sums that cancel."""
+    case = Case((1,), B=8)
+    got, _, exact = compute(case, device)
+    assert_as_accurate_as_eager(got[:1], got[:1], exact[:1])
+    terms = 2 * case.D * torch.finfo(torch.float32).eps * 100 * 8 * 8  # temperature, |grad| and |v| of 32 normals
+    assert got[1][:, :, :2].abs().max() < terms
+    torch.testing.assert_close(got[1][:, :, 2], exact[1][:, :, 2].float())
+
+
+@pytest.mark.parametrize("size", [4.0, 30.0])
+def test_large_scores(device: torch.device, size: float) -> None:
+    """Scores of hundreds: the value stays as accurate as eager's, the gradients finite and of eager's size.
+
+    Where one key has all the weight, a gradient is the difference of two nearly equal sums, one of them from the
+    output as it was rounded to 16 bits: flash attention is less accurate there than softmax's own backward pass.
+    """
+    case = Case((1, 4, 9, 16), dtype=torch.float16, q_bias=False, log_scale=False, softmax_scale=0.5, size=size)
+    got, eager, exact = compute(case, device)
+    assert_as_accurate_as_eager(got[:1], eager[:1], exact[:1])
+    # |grad_out . (out - rounded out)| <= D * 4 * 4 * 2^-11, times k or q, which a few keys share
+    bound = case.D * 16 * 2**-11 * 0.5 * 4 * size * 4 + 2 * (eager[1].double() - exact[1]).abs().max()
+    assert (got[1].double() - exact[1]).abs().max() < bound
+
+
+@pytest.mark.parametrize("case", NARROW.values(), ids=NARROW)
+@pytest.mark.usefixtures("nan_in_empty")
+def test_value_and_gradient_on_the_cpu(case: Case) -> None:
+    with use_backend("cpu"):
+        check(case)
+
+
+def test_the_mask_is_the_definition() -> None:
+    lengths = (1, 4, 2)
+    ends = [1] + [5] * 4 + [7] * 2
+    want = torch.tensor([[0.0 if key < end else -torch.inf for key in range(7)] for end in ends])
+    assert torch.equal(block_causal_mask(lengths, torch.float32), want)
+
+
+def test_reference_is_the_formula() -> None:
+    case = Case((1, 4, 2), D=5)
+    inputs = [tensor.double() for tensor in case.make() if tensor is not None]
+    qkv, q_bias, v_bias, log_scale = inputs
+    got = block_causal_attention_qkv_reference(*inputs, case.lengths, 0.7)
+    for b in range(case.B):
+        for h in range(case.H):
+            q = qkv[b, :, 0, h] + q_bias.view(case.H, -1)[h]
+            k, v = qkv[b, :, 1, h], qkv[b, :, 2, h] + v_bias.view(case.H, -1)[h]
+            temperature = min(100.0, float(log_scale[h].exp()))
+            for i, end in enumerate([1] + [5] * 4 + [7] * 2):
+                scores = torch.stack([(q[i] @ k[j]) / (q[i].norm() * k[j].norm()) for j in range(end)])
+                want = (scores * temperature * 0.7).softmax(0) @ v[:end]
+                torch.testing.assert_close(got[b, i, h], want)
+
+
+@pytest.mark.parametrize("layout", ["BHLD", "BLHD"])
+def test_layouts_and_strides_without_copies(device: torch.device, layout: str) -> None:
+    lengths, shape = (1, 4, 9), (2, 14, 3, 32) if layout == "BLHD" else (2, 3, 14, 32)
+    wide = torch.randn(3, shape[0], shape[1] + 1, shape[2] + 2, 40, device=device)
+    inputs = [tensor[:, 1:, 2:, :32] for tensor in wide.unbind(0)]
+    grad = torch.randn(2, 1, 1, 32, device=device).expand(shape)
+    got = value_and_gradients(lambda *a: block_causal_attention(*a, lengths=lengths, layout=layout), inputs, grad)
+
+    def eager(*tensors: Tensor) -> Tensor:
+        q, k, v = (tensor.transpose(1, 2) if layout == "BLHD" else tensor for tensor in tensors)
+        out = block_causal_attention_reference(q, k, v, lengths, 32**-0.5)
+        return out.transpose(1, 2) if layout == "BLHD" else out
+
+    doubles = [tensor.double() for tensor in inputs]
+    assert_as_accurate_as_eager(
+        got, value_and_gradients(eager, inputs, grad), value_and_gradients(eager, doubles, grad)
+    )
+    assert got[0].is_contiguous()
+
+
+def test_patch_nums_are_sides() -> None:
+    q, k, v = torch.randn(3, 1, 2, 14, 32).unbind(0)
+    want = block_causal_attention(q, k, v, lengths=(1, 4, 9))
+    assert torch.equal(block_causal_attention(q, k, v, (1, 2, 3)), want)
+    assert torch.equal(block_causal_attention(q, k, v, [(1, 1), (2, 2), (1, 9)]), want)
+    assert torch.equal(block_causal_attention(q, k, v, (1, 2, 3), 32**-0.5), want)
+
+
+def test_strided_last_axis(device: torch.device) -> None:
+    q, k, v = torch.randn(3, 1, 2, 14, 64, device=device)[..., ::2].unbind(0)
+    got = block_causal_attention(q, k, v, (1, 2, 3))
+    dense = [tensor.contiguous() for tensor in (q, k, v)]
+    torch.testing.assert_close(got, block_causal_attention(*dense, (1, 2, 3)))
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (3,), (0, 2)], ids=str)
+def test_gradient_for_some_inputs(device: torch.device, wanted: tuple[int, ...]) -> None:
+    case = Case((1, 4, 9))
+    inputs = case.make(device)
+    for i in wanted:
+        inputs[i] = inputs[i].detach().requires_grad_()
+    leaves = [inputs[i] for i in wanted]
+    forms = block_causal_attention_qkv, block_causal_attention_qkv_reference
+    got, want = (torch.autograd.grad(form(*inputs, case.lengths, 1.0).square().sum(), leaves) for form in forms)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
+
+
+def test_rows_of_zeros_have_the_floor_for_a_norm(device: torch.device) -> None:
+    qkv, _, v_bias, log_scale = Case((1, 4, 9)).make(device)
+    qkv = qkv.clone()
+    qkv[0, 3, :2], qkv[1, 7, 0] = 0, 1e-14
+    for start in (qkv, qkv.double()):
+        leaf = start.requires_grad_()
+        forms = block_causal_attention_qkv, block_causal_attention_qkv_reference
+        outs = [form(leaf, None, v_bias, log_scale, (1, 4, 9), 1.0) for form in forms]
+        got, want = (torch.autograd.grad(out.square().sum(), leaf)[0] for out in outs)
+        torch.testing.assert_close(outs[0], outs[1], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
+        if _library.current_backend() == "triton":
+            break  # which has no float64
+
+
+def test_what_is_not_a_number_stays_where_it_is_seen(device: torch.device) -> None:
+    if _library.reference_forced():
+        pytest.skip("a dense mask adds -inf to NaN, so that it spreads")
+    q, k, v = torch.randn(3, 1, 1, 14, 32, device=device).unbind(0)
+    k[0, 0, 5] = torch.nan  # in the third scale
+    out = block_causal_attention(q, k, v, (1, 2, 3))
+    assert out[0, 0, :5].isfinite().all()
+    assert out[0, 0, 5:].isnan().all()
+
+
+def test_no_batch(device: torch.device) -> None:
+    qkv, *prologue = Case((1, 4), B=1).make(device)
+    leaves = [tensor.requires_grad_() for tensor in (qkv[:0], *prologue)]
+    out = block_causal_attention_qkv(*leaves, (1, 4), 1.0)
+    assert out.shape == (0, 5, 2, 32)
+    for grad in torch.autograd.grad(out.sum(), leaves):
+        assert not grad.any()
+
+
+def test_deterministic(device: torch.device) -> None:
+    case = Case((1, 4, 70, 30))
+    inputs, grad = case.make(device), torch.randn(case.B, case.L, case.H, case.D, device=device)
+    first, second = (
+        value_and_gradients(lambda *args: block_causal_attention_qkv(*args, case.lengths, 1.0), inputs, grad)
+        for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_the_number_of_threads_does_not_change_a_bit() -> None:
+    case = Case((1, 4, 100, 200), B=1, H=3, D=64)  # fewer heads than four times the threads: they are shared
+    inputs, grad = case.make(), torch.randn(case.B, case.L, case.H, case.D)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            with use_backend("cpu"):
+                function = lambda *args: block_causal_attention_qkv(*args, case.lengths, 1.0)  # noqa: E731
+                results.append(value_and_gradients(function, inputs, grad))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_float64_gradcheck() -> None:
+    qkv, q_bias, v_bias, _ = Case((1, 4, 3), D=5, dtype=torch.float64).make()
+    inputs = [qkv, q_bias.double(), v_bias.double(), torch.tensor([0.3, 1.2], dtype=torch.float64)]
+    inputs = [tensor.detach().requires_grad_() for tensor in inputs]
+    with use_backend("cpu"):
+        assert torch.autograd.gradcheck(lambda *a: block_causal_attention_qkv(*a, (1, 4, 3), 0.7), inputs)
+        heads = [tensor.detach().requires_grad_() for tensor in torch.randn(3, 1, 2, 8, 6, dtype=torch.float64)]
+        assert torch.autograd.gradcheck(lambda *a: block_causal_attention(*a, lengths=(1, 4, 3)), heads)
+
+
+def test_opcheck(device: torch.device) -> None:
+    backend, ops = _library.current_backend(), torch.ops.varkern
+    qkv, *prologue = Case((1, 4), H=1).make(device)
+    settings = [1, 4], 1.0, backend
+    for inputs in ((qkv, *prologue), (qkv, None, None, None)):
+        torch.library.opcheck(ops.block_causal_attention_qkv.default, (*inputs, *settings))
+        leaves = [None if tensor is None else tensor.detach().requires_grad_() for tensor in inputs]
+        torch.library.opcheck(ops.block_causal_attention_qkv.default, (*leaves, *settings))
+        out, statistics = ops.block_causal_attention_qkv(*inputs, *settings)
+        arguments = out, *inputs, out, statistics, *settings
+        torch.library.opcheck(ops.block_causal_attention_qkv_backward.default, arguments)
+    for layout in ((0, 3, 1, 2), (0, 1, 3, 2)):
+        q, k, v = torch.randn(3, 1, 5, 2, 32, device=device).transpose(2, 3).unbind(0)
+        q, k, v = (tensor.contiguous() if layout[1] == 1 else tensor.permute(0, 2, 1, 3) for tensor in (q, k, v))
+        if q.size(2) != 5:
+            q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
+        torch.library.opcheck(ops.block_causal_attention.default, (q, k, v, *settings))
+        out, statistics = ops.block_causal_attention(q, k, v, *settings)
+        torch.library.opcheck(ops.block_causal_attention_backward.default, (out, q, k, v, out, statistics, *settings))
+
+
+@pytest.mark.parametrize(
+    "compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)], ids=["aot", "inductor"]
+)
+def test_compile_fullgraph(device: torch.device, compiler: str) -> None:
+    if compiler == "inductor" and _library.current_backend() != "cpu":
+        pytest.skip("what the compiler makes of it does not depend on the backend")
+
+    def step(qkv: Tensor, q_bias: Tensor, v_bias: Tensor, log_scale: Tensor) -> Tensor:
+        first = block_causal_attention_qkv(qkv * 2, q_bias, v_bias, log_scale, (1, 4, 9), 1.0)
+        return block_causal_attention(first, first, first, (1, 2, 3), layout="BLHD").square()
+
+    torch.compiler.reset()
+    compiled = torch.compile(step, fullgraph=True, backend=compiler)
+    case = Case((1, 4, 9))
+    inputs, grad = case.make(device), torch.randn(case.B, case.L, case.H, case.D, device=device)
+    got, want = value_and_gradients(compiled, inputs, grad), value_and_gradients(step, inputs, grad)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*inputs), step(*inputs), rtol=1e-5, atol=1e-5)
+
+
+def test_second_derivative_raises(device: torch.device) -> None:
+    if _library.reference_forced():
+        pytest.skip("the reference has it")
+    q, k, v = (tensor.requires_grad_() for tensor in torch.randn(3, 1, 1, 5, 32, device=device).unbind(0))
+    (grad,) = torch.autograd.grad(block_causal_attention(q, k, v, (1, 2)).sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="block_causal_attention has no second derivative"):
+        grad.sum().backward()
+
+
+def test_direct_call_of_the_operator_is_differentiable(device: torch.device) -> None:
+    case, backend = Case((1, 4, 9)), _library.current_backend()
+    inputs, grad = case.make(device), torch.randn(case.B, case.L, case.H, case.D, device=device)
+    op = torch.ops.varkern.block_causal_attention_qkv
+    got = value_and_gradients(lambda *args: op(*args, case.lengths, 1.0, backend)[0], inputs, grad)
+    eager = block_causal_attention_qkv_reference
+    want = value_and_gradients(lambda *args: eager(*args, case.lengths, 1.0), inputs, grad)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_fake_tensors_reach_no_kernel() -> None:
+    q, k, v = (tensor.to("meta") for tensor in torch.randn(3, 1, 2, 5, 32))
+    out = block_causal_attention(q, k, v, (1, 2))
+    assert (out.device.type, out.shape) == ("meta", (1, 2, 5, 32))
+
+
+LEVELS = """
+import torch, test_attention as t
+from varkern import _C
+from varkern.ops import use_backend
+torch.manual_seed(0)
+with use_backend("cpu"):
+    for name in ("small", "across_tiles", "f16", "bf16", "plain"):
+        t.check(t.CASES[name])
+    for name in ("odd_heads", "f64", "256px"):
+        t.check(t.NARROW[name])
+print(_C.simd_level())
+"""
+
+
+@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"] if X86 else ["baseline"])
+def test_simd_levels_and_uninitialised_memory(level: str) -> None:
+    """Each level the processor has, on a heap that glibc fills with garbage: the workspace holds nothing by chance."""
+    environment = {"VARKERN_SIMD": level, "MALLOC_PERTURB_": "85", "PYTHONPATH": os.path.dirname(__file__)}
+    done = subprocess.run(
+        [sys.executable, "-c", LEVELS], capture_output=True, text=True, env={**os.environ, **environment}
+    )
+    assert done.returncode == 0, done.stderr
+    if done.stdout.strip() != level:
+        pytest.skip(f"this processor does not run {level}")
+
+
+PEAK = """
+import pathlib, re, torch
+from varkern.ops import block_causal_attention, block_causal_attention_reference
+torch.manual_seed(0)
+torch.set_num_threads(2)
+lengths = [p * p for p in (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64)]
+status = lambda key: int(re.search(key + r":\\s+(\\d+) kB", pathlib.Path("/proc/self/status").read_text())[1]) / 1024
+for run, form in ((1, block_causal_attention), (len(lengths), block_causal_attention_reference)):
+    last = lengths[-run:][:1] if run == 1 else lengths
+    for n in ([1, 4], lengths):
+        q, k, v = (t.requires_grad_() for t in torch.randn(3, 1, 1, sum(n), 64).unbind(0))
+        pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts again at what is in use
+        before = status("VmRSS")
+        if form is block_causal_attention:
+            form(q, k, v, lengths=n).sum().backward()
+        else:
+            form(q, k, v, n, 0.125).sum().backward()
+    print(status("VmHWM") - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+def test_peak_memory_of_9451_positions() -> None:
+    done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
+    ours, eager = map(float, done.stdout.split())
+    print(f"{ours:.1f} MiB above the inputs, the reference {eager:.1f}")
+    matrix = 9451**2 * 4 / 2**20  # 341 MiB, of float32
+    assert eager > matrix  # so the measure works
+    assert ours < matrix / 8
+
+
+BAD = {
+    "three_axes": (lambda q, k, v: (q[0], k, v), {}, "q has shape (2, 5, 8), give (B, H, L, D)"),
+    "another_shape": (lambda q, k, v: (q, k[:, :, :4], v), {}, "k is torch.float32 (1, 2, 4, 8) on cpu and q"),
+    "another_dtype": (lambda q, k, v: (q, k, v.half()), {}, "v is torch.float16"),
+    "another_device": (lambda q, k, v: (q, k.to("meta"), v), {}, "k is torch.float32 (1, 2, 5, 8) on meta"),
+    "integers": (lambda q, k, v: (q.int(), k.int(), v.int()), {}, "q is torch.int32, give floating-point"),
+    "no_positions": (lambda q, k, v: (q[:, :, :0], k[:, :, :0], v[:, :, :0]), {}, "with H, L, D > 0"),
+    "other_lengths": (lambda q, k, v: (q, k, v), {"lengths": (1, 3)}, "scales have (1, 3) positions, give positive"),
+    "an_empty_scale": (lambda q, k, v: (q, k, v), {"lengths": (1, 0, 4)}, "that sum to L = 5"),
+    "both": (lambda q, k, v: (q, k, v), {"patch_nums": (1, 2), "lengths": (1, 4)}, "give patch_nums or lengths"),
+    "neither": (lambda q, k, v: (q, k, v), {"patch_nums": None}, "give patch_nums or lengths"),
+    "layout": (lambda q, k, v: (q, k, v), {"patch_nums": (1, 2), "layout": "LBHD"}, "layout is 'LBHD'"),
+}
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", None])
+@pytest.mark.parametrize(("change", "options", "message"), BAD.values(), ids=BAD)
+def test_bad_input(change, options: dict, message: str, backend: str | None) -> None:
+    q, k, v = change(*torch.randn(3, 1, 2, 5, 8).unbind(0))
+    with use_backend(backend), pytest.raises(ValueError, match=re.escape(message)):
+        block_causal_attention(q, k, v, **(options or {"patch_nums": (1, 2)}))
+
+
+BAD_QKV = {
+    "four_axes": (lambda qkv, q, v, s: (qkv[0], q, v, s), "qkv has shape (5, 3, 2, 32), give (B, L, 3, H, D)"),
+    "not_three": (lambda qkv, q, v, s: (qkv[:, :, :2], q, v, s), "qkv has shape (2, 5, 2, 2, 32)"),
+    "short_bias": (
+        lambda qkv, q, v, s: (qkv, q[:5], v, s),
+        "q_bias has shape (5,), give 64 elements for 2 heads of 32",
+    ),
+    "heads": (lambda qkv, q, v, s: (qkv, q, v, torch.zeros(3)), "log_scale has shape (3,), give 2 elements"),
+    "device": (lambda qkv, q, v, s: (qkv, q, v.to("meta"), s), "v_bias is on meta and qkv on cpu"),
+    "integers": (lambda qkv, q, v, s: (qkv, q.long(), v, s), "give floating-point tensors"),
+}
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", None])
+@pytest.mark.parametrize(("change", "message"), BAD_QKV.values(), ids=BAD_QKV)
+def test_bad_projection(change, message: str, backend: str | None) -> None:
+    arguments = change(*Case((1, 4)).make())
+    with use_backend(backend), pytest.raises(ValueError, match=re.escape(message)):
+        block_causal_attention_qkv(*arguments, (1, 4), 1.0)

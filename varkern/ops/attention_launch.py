@@ -1,0 +1,95 @@
+"""The launches of block-causal attention: one forward and one backward pass on a chosen backend."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from varkern.ops._library import DTYPE_CODES, extension
+from varkern.ops.attention_reference import Prologue, backward_eager, forward_eager
+
+_CODES = {**DTYPE_CODES, torch.float64: 3}
+
+
+@functools.lru_cache(maxsize=64)
+def _lengths(lengths: tuple[int, ...]) -> Tensor:
+    return torch.tensor(lengths, dtype=torch.int64, device="cpu")
+
+
+def _rows(tensor: Tensor) -> tuple[int, int, int, int]:
+    return tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _plain(prologue: Prologue, H: int, dtype: torch.dtype) -> Prologue:
+    """Biases (H, D) and log_scale (H,), contiguous, as the CPU kernels take them."""
+    q_bias, v_bias, log_scale = (
+        None if tensor is None else tensor.detach().to(dtype).reshape(H, -1).contiguous() for tensor in prologue
+    )
+    return q_bias, v_bias, log_scale
+
+
+def launch_forward(
+    backend: str,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    prologue: Prologue,
+    out: Tensor,
+    statistics: Tensor,
+    lengths: tuple[int, ...],
+    softmax_scale: float,
+) -> None:
+    """Fill out (B, H, L, D) and statistics (3, B, H, L) from q, k, v (B, H, L, D), whose last axes are contiguous."""
+    if out.numel() == 0:
+        return
+    first, second = statistics[0], statistics[1]
+    if backend == "reference":
+        forward_eager(inputs, prologue, out, first, lengths, softmax_scale)
+        return
+    q = inputs[0]
+    B, H, L, D = q.shape
+    prologue, table = _plain(prologue, H, statistics.dtype), _lengths(lengths)
+    extension(backend).block_causal_attention_forward(
+        *map(_rows, inputs),
+        *map(_pointer, prologue),
+        *(table.data_ptr(), len(lengths), B, H, L, D, _CODES[q.dtype], softmax_scale),
+        *(_rows(out), first.data_ptr(), second.data_ptr()),
+    )
+
+
+def launch_backward(
+    backend: str,
+    saved: tuple[Tensor, Tensor, Tensor],
+    inputs: tuple[Tensor, Tensor, Tensor],
+    prologue: Prologue,
+    grads: tuple[Tensor, Tensor, Tensor],
+    shares: Prologue,
+    lengths: tuple[int, ...],
+    softmax_scale: float,
+) -> None:
+    """Fill the gradients of q, k and v, and for each batch element its share of those of the prologue.
+
+    saved: grad_out, out (B, H, L, D) and statistics; shares: (B, H, D), (B, H, D), (B, H), None as in the prologue.
+    """
+    grad_out, out, statistics = saved
+    if grad_out.numel() == 0:
+        return
+    first, second = statistics[0], statistics[1]
+    if backend == "reference":
+        backward_eager((grad_out, out, first), inputs, prologue, grads, shares, lengths, softmax_scale)
+        return
+    q = inputs[0]
+    B, H, L, D = q.shape
+    prologue, table = _plain(prologue, H, statistics.dtype), _lengths(lengths)
+    extension(backend).block_causal_attention_backward(
+        *map(_rows, inputs),
+        *map(_pointer, prologue),
+        *(table.data_ptr(), len(lengths), B, H, L, D, _CODES[q.dtype], softmax_scale),
+        *(_rows(grad_out), _rows(out), first.data_ptr(), second.data_ptr()),
+        *map(_rows, grads),
+        *map(_pointer, shares),
+    )
