@@ -1,4 +1,5 @@
-// What kernels need beyond C++: warp and block sums, 16-byte accesses, packed conversions. All PTX is here.
+// What kernels need beyond C++: warp and block sums, 16-byte accesses, packed conversions. All PTX is here and in
+// ptx.cuh.
 #pragma once
 
 #include <cuda_runtime.h>
