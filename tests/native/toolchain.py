@@ -1,6 +1,8 @@
 """Compilers for the tests of csrc/, and the register report of the CUDA kernels: python tests/native/toolchain.py."""
 
+import functools
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -17,10 +19,66 @@ LEVEL_FLAGS = {
     "avx512": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
 }
 ARCHITECTURES = ("80", "90a")
+EMULATION = NATIVE / "emulation"
+SANITIZERS = {
+    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+    "thread": ["-fsanitize=thread"],
+}
+SANITIZER_ENVIRONMENT = {
+    "ASAN_OPTIONS": "detect_leaks=0",  # it needs ptrace, which containers forbid
+    "UBSAN_OPTIONS": "print_stacktrace=1",
+    "TSAN_OPTIONS": "halt_on_error=1 atexit_sleep_ms=0",
+}
 
 
 def cxx() -> str | None:
     return os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+
+
+def run(command: list[str | Path], **environment: str) -> None:
+    """Runs a compiler; its messages are the error."""
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}")
+
+
+def emulated(source: Path, flags: list[str], output: Path) -> Path:
+    """A .cu or .cpp file as an object or, with runtime.o beside output, a program that runs without a device."""
+    compiler = cxx()
+    assert compiler is not None
+    includes = [f"-I{path}" for path in (EMULATION, NATIVE, CSRC)]
+    # The packs of csrc/common/device.cuh read memory through other types, as nvcc lets them.
+    common = ["-std=c++20", "-g1", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-fno-strict-aliasing"]
+    link = ["-c"] if output.suffix == ".o" else ["-x", "none", output.parent / "runtime.o"]
+    run([compiler, *common, *includes, *flags, "-x", "c++", source, *link, "-o", output])
+    return output
+
+
+def emulated_runtime(folder: Path) -> Path:
+    """What runs the threads, as folder/runtime.o: never under a sanitizer, so that it is no part of what is tested."""
+    compiler = cxx()
+    assert compiler is not None
+    sources = sorted(EMULATION.glob("*.cpp"))
+    objects = [emulated(source, ["-O2", "-fPIC"], folder / f"runtime-{source.stem}.o") for source in sources]
+    run([compiler, "-r", *objects, "-o", folder / "runtime.o"])
+    return folder / "runtime.o"
+
+
+@functools.cache
+def sanitizer_why_not(sanitizer: str) -> str | None:
+    """Why a program under the sanitizer cannot be built and run here."""
+    compiler = cxx()
+    if platform.system() != "Linux" or compiler is None:
+        return "the emulation needs Linux and a C++ compiler on PATH"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "empty.cpp"
+        source.write_text("int main() {}")
+        try:
+            run([compiler, *SANITIZERS[sanitizer], source, "-o", f"{folder}/empty"])
+            run([f"{folder}/empty"], **SANITIZER_ENVIRONMENT)
+        except RuntimeError as error:
+            return f"the sanitizer does not work here: {str(error).splitlines()[-1]}"
+    return None
 
 
 def nvcc() -> str | None:

@@ -3,28 +3,36 @@
 
 #include <cuda_runtime.h>
 
+#include "common/ptx.cuh"
+
 namespace varkern {
 
 template <typename... Parameters, typename... Arguments>
-const char* launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void*, Arguments... arguments) {
+const char* launch_shared(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes, void*,
+                          Arguments... arguments) {
+  constexpr int64_t kMaxSharedBytes = 227 * 1024;  // of sm_90
+  if (blocks < 1 || threads < 1 || threads > int(emulation::kMaxThreads)) return "invalid configuration argument";
+  if (shared_bytes < 0 || shared_bytes > kMaxSharedBytes) return "invalid argument";
+  if (threads % int(emulation::kWarpSize)) return "the emulation runs whole warps only";
+  const auto body = [=] {
+    kernel(arguments...);
+    emulation::self().copies.clear();
+  };
   // A short grid, so that the kernels' loops over it are exercised too.
-  const unsigned grid = unsigned(blocks < 3 ? blocks : 3);
-  if (blocks < 1 || threads < 32 || threads > 1024 || threads % 32) return "invalid configuration argument";
-  emulation::Block block(threads);
-  std::vector<std::thread> pool;
-  for (int t = 0; t < threads; ++t) {
-    pool.emplace_back([&, t] {
-      emulation::block = &block;
-      threadIdx = {unsigned(t)}, blockDim = {unsigned(threads)}, gridDim = {grid};
-      for (unsigned b = 0; b < grid; ++b) {
-        blockIdx = {b};
-        kernel(arguments...);
-        __syncthreads();
-      }
-    });
-  }
-  for (std::thread& thread : pool) thread.join();
+  emulation::run(
+      unsigned(blocks < 3 ? blocks : 3), unsigned(threads), size_t(shared_bytes),
+      [](const void* p) { (*static_cast<decltype(&body)>(p))(); }, &body);
   return nullptr;
+}
+
+template <typename... Parameters, typename... Arguments>
+const char* launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void* stream, Arguments... arguments) {
+  return launch_shared(kernel, blocks, threads, 0, stream, arguments...);
+}
+
+template <typename T>
+T* dynamic_shared() {
+  return static_cast<T*>(emulation::dynamic_shared());
 }
 
 }  // namespace varkern
