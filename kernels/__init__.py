@@ -36,6 +36,9 @@ class Case:
 
     ``signature``: the type of each run-time argument in Triton's words (``"*bf16"``, ``"i32"``, ``"fp32"``).
     ``aligned``: the arguments known to be divisible by 16, as they are in the sizes that matter.
+    ``num_stages``: how many tiles a loop loads ahead; Triton's own default unless a launch names another.
+    ``maxnreg``: the registers that a thread may use, if a launch limits them.
+    ``architectures``: those that it is launched on, all of them if none is named.
     """
 
     kernel: Any
@@ -43,3 +46,6 @@ class Case:
     constexprs: Mapping[str, Any]
     num_warps: int
     aligned: tuple[str, ...] = field(default=())
+    num_stages: int = 3
+    maxnreg: int | None = None
+    architectures: tuple[int, ...] = ()

@@ -41,7 +41,8 @@ def compile_case(case: Any, architecture: int) -> dict[str, Any]:
     aligned = [["tt.divisibility", 16]]
     attributes = {(case.kernel.arg_names.index(name),): aligned for name in case.aligned if name in signature}
     source = ASTSource(case.kernel, ordered, dict(case.constexprs), attributes)
-    options = {"num_warps": case.num_warps, "enable_fp_fusion": True}
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "maxnreg": case.maxnreg}
+    options["enable_fp_fusion"] = True
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     registers, spilt = resource_usage(compiled.asm["cubin"])
     constants = ", ".join(f"{name}={value}" for name, value in case.constexprs.items())
@@ -85,9 +86,10 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     options = parser.parse_args()
     cases = [case for module in kernel_modules() for case in module.CASES]
+    pairs = [(c, a) for c in cases for a in options.architectures if a in (c.architectures or options.architectures)]
     rows = []
-    for i, (case, architecture) in enumerate((c, a) for c in cases for a in options.architectures):
-        print(f"\r{i + 1} of {len(cases) * len(options.architectures)}", end="", file=sys.stderr, flush=True)
+    for i, (case, architecture) in enumerate(pairs):
+        print(f"\r{i + 1} of {len(pairs)}", end="", file=sys.stderr, flush=True)
         rows.append(compile_case(case, architecture))
     print(file=sys.stderr)
     print(json.dumps(rows) if options.json else table(rows))

@@ -7,6 +7,7 @@ import platform
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -45,6 +46,10 @@ class Case:
     @property
     def L(self) -> int:
         return sum(self.lengths)
+
+    @property
+    def largest_score(self) -> float:
+        return 100 * self.softmax_scale if self.log_scale else 0.0
 
     def make(self, device: torch.device | str = "cpu") -> list[Tensor | None]:
         """qkv as a slice of a wider tensor, biases, log_scale with one value above log 100."""
@@ -89,13 +94,21 @@ def value_and_gradients(function: Callable[..., Tensor], inputs: list[Tensor | N
 NAMES = ("value", "gradient of qkv", "gradient of q_bias", "gradient of v_bias", "gradient of log_scale")
 
 
-def assert_as_accurate_as_eager(got: list[Tensor], eager: list[Tensor], exact: list[Tensor]) -> None:
-    """At most twice the error of eager PyTorch, and one rounding of the result's largest element."""
+def assert_as_accurate_as_eager(
+    got: list[Tensor], eager: list[Tensor], exact: list[Tensor], largest_score: float = 0.0
+) -> None:
+    """At most twice the error of eager PyTorch, and one rounding of the result's largest element.
+
+    The Triton kernels' backward pass computes the scores again in another order and subtracts a rounded logarithm: up
+    to three roundings of numbers of the size of the largest score make the relative error of a probability. (The CPU
+    kernel's scores are the same bit for bit, and it keeps maximum and sum apart: it is granted nothing.)
+    """
+    again = 1.5 * largest_score if _library.current_backend() == "triton" else 0.0
     for name, a, b, c in zip(NAMES, got, eager, exact, strict=False):
         assert a.dtype == b.dtype
         assert a.shape == b.shape == c.shape
         error, eagers = (a.double() - c).abs().max(), (b.double() - c).abs().max()
-        rounding = torch.finfo(a.dtype).eps * c.abs().max()
+        rounding = (torch.finfo(a.dtype).eps + again * torch.finfo(torch.float32).eps) * c.abs().max()
         assert error <= 2 * eagers + rounding, (
             f"{name}: error {error:.3g}, eager's {eagers:.3g}, rounding {rounding:.3g}"
         )
@@ -124,7 +137,7 @@ def check(case: Case, device: torch.device | str = "cpu") -> None:
         [torch.stack(tensors) for tensors in zip(*form, strict=True)] for form in zip(*draws, strict=True)
     )
     present = 2 + case.q_bias + case.v_bias
-    assert_as_accurate_as_eager(got[:present], eager[:present], exact[:present])
+    assert_as_accurate_as_eager(got[:present], eager[:present], exact[:present], case.largest_score)
 
 
 def skip_what_the_interpreter_cannot(case: Case) -> None:
@@ -324,18 +337,19 @@ def test_opcheck(device: torch.device) -> None:
     backend, ops = _library.current_backend(), torch.ops.varkern
     qkv, *prologue = Case((1, 4), H=1).make(device)
     settings = [1, 4], 1.0, backend
-    for inputs in ((qkv, *prologue), (qkv, None, None, None)):
+    quick = backend == "triton" and _library.interpreting()
+    for inputs in ((qkv, *prologue), (qkv, None, None, None))[: 1 if quick else 2]:
         torch.library.opcheck(ops.block_causal_attention_qkv.default, (*inputs, *settings))
         leaves = [None if tensor is None else tensor.detach().requires_grad_() for tensor in inputs]
         torch.library.opcheck(ops.block_causal_attention_qkv.default, (*leaves, *settings))
         out, statistics = ops.block_causal_attention_qkv(*inputs, *settings)
         arguments = out, *inputs, out, statistics, *settings
         torch.library.opcheck(ops.block_causal_attention_qkv_backward.default, arguments)
-    for layout in ((0, 3, 1, 2), (0, 1, 3, 2)):
-        q, k, v = torch.randn(3, 1, 5, 2, 32, device=device).transpose(2, 3).unbind(0)
-        q, k, v = (tensor.contiguous() if layout[1] == 1 else tensor.permute(0, 2, 1, 3) for tensor in (q, k, v))
-        if q.size(2) != 5:
-            q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
+    in_memory = {"BLHD": torch.randn(3, 1, 5, 2, 32, device=device).transpose(2, 3)}
+    if not quick:
+        in_memory["BHLD"] = in_memory["BLHD"].contiguous()
+    for heads in in_memory.values():
+        q, k, v = heads.unbind(0)
         torch.library.opcheck(ops.block_causal_attention.default, (q, k, v, *settings))
         out, statistics = ops.block_causal_attention(q, k, v, *settings)
         torch.library.opcheck(ops.block_causal_attention_backward.default, (out, q, k, v, out, statistics, *settings))
@@ -489,3 +503,13 @@ def test_bad_projection(change, message: str, backend: str | None) -> None:
     arguments = change(*Case((1, 4)).make())
     with use_backend(backend), pytest.raises(ValueError, match=re.escape(message)):
         block_causal_attention_qkv(*arguments, (1, 4), 1.0)
+
+
+def test_widths_that_triton_does_not_take() -> None:
+    pytest.importorskip("triton")
+    q = torch.randn(1, 1, 5, 24, device="cpu" if _library.interpreting() else "cuda")
+    with use_backend("triton"), pytest.raises(RuntimeError, match="heads are 24 wide and its kernels take 32, 64, 128"):
+        block_causal_attention(q, q, q, (1, 2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert block_causal_attention(q, q, q, (1, 2)).shape == q.shape

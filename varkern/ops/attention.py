@@ -30,7 +30,9 @@ from varkern.ops._library import (
     needs_gradient,
     once_differentiable,
     reference_forced,
+    triton_why_not,
 )
+from varkern.ops._library import kernels as triton_kernels
 from varkern.ops.attention_launch import launch_backward, launch_forward
 from varkern.ops.attention_reference import (
     Prologue,
@@ -194,6 +196,13 @@ def _why_not_cpu(q: Tensor, *_: object) -> str | None:
     return cpu_why_not(q) or (None if q.dtype == torch.float64 else dtype_why_not(q))
 
 
+def _why_not_triton(q: Tensor, *_: object) -> str | None:
+    reason = triton_why_not(q) or dtype_why_not(q)
+    if reason is None and q.size(-1) not in (dims := triton_kernels("attention").DIMS):
+        reason = f"heads are {q.size(-1)} wide and its kernels take {', '.join(map(str, dims))}"
+    return reason
+
+
 def _example(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
     return (torch.zeros(1, 1, 5, 64, device=device, dtype=dtype),) * 3
 
@@ -202,7 +211,7 @@ def _example_qkv(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]
     return (torch.zeros(1, 5, 3, 1, 64, device=device, dtype=dtype),)
 
 
-_BACKENDS = {"cpu": _why_not_cpu}
+_BACKENDS = {"triton": _why_not_triton, "cpu": _why_not_cpu}
 _OP = Op("block_causal_attention", _BACKENDS, _example)
 _OP_QKV = Op("block_causal_attention_qkv", _BACKENDS, _example_qkv)
 

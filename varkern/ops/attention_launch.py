@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from varkern.ops._library import DTYPE_CODES, extension
+from varkern.ops._library import DTYPE_CODES, device_guard, extension, kernels
 from varkern.ops.attention_reference import Prologue, backward_eager, forward_eager
 
 _CODES = {**DTYPE_CODES, torch.float64: 3}
@@ -52,6 +52,12 @@ def launch_forward(
         return
     q = inputs[0]
     B, H, L, D = q.shape
+    if backend == "triton":
+        with device_guard(q):
+            kernels("attention").block_causal_attention_forward(
+                *inputs, *_shaped(prologue, H), out, first, _norms(prologue, statistics), lengths, softmax_scale
+            )
+        return
     prologue, table = _plain(prologue, H, statistics.dtype), _lengths(lengths)
     extension(backend).block_causal_attention_forward(
         *map(_rows, inputs),
@@ -84,6 +90,14 @@ def launch_backward(
         return
     q = inputs[0]
     B, H, L, D = q.shape
+    if backend == "triton":
+        with device_guard(q):
+            kernels("attention").block_causal_attention_backward(
+                *(grad_out, *inputs, *_shaped(prologue, H), out, first, _norms(prologue, statistics)),
+                *(*grads, *shares),
+                *(lengths, softmax_scale),
+            )
+        return
     prologue, table = _plain(prologue, H, statistics.dtype), _lengths(lengths)
     extension(backend).block_causal_attention_backward(
         *map(_rows, inputs),
@@ -93,3 +107,13 @@ def launch_backward(
         *map(_rows, grads),
         *map(_pointer, shares),
     )
+
+
+def _shaped(prologue: Prologue, H: int) -> Prologue:
+    """Biases (H, D) and log_scale (H,) in their own dtypes, contiguous, as the Triton kernels take them."""
+    q_bias, v_bias, log_scale = (None if tensor is None else tensor.reshape(H, -1).contiguous() for tensor in prologue)
+    return q_bias, v_bias, None if log_scale is None else log_scale.view(H)
+
+
+def _norms(prologue: Prologue, statistics: Tensor) -> Tensor | None:
+    return None if prologue[2] is None else statistics[1:]

@@ -1,0 +1,17 @@
+"""Block-causal attention of VAR's training (arXiv 2404.02905), with its prologue on q, k and v, and its gradients.
+
+Read on in ``attention_forward`` and ``attention_backward``, and in ``attention_tiles`` and ``attention_rows`` for what
+they share.
+"""
+
+from __future__ import annotations
+
+from . import Case
+from .attention_backward import block_causal_attention_backward
+from .attention_forward import block_causal_attention_forward
+
+__all__ = ["DIMS", "block_causal_attention_backward", "block_causal_attention_forward"]
+
+DIMS = (32, 64, 128)  # widths of a head: powers of two that fit, each with its configurations
+
+CASES: list[Case] = []  # each module lists its own kernels'
