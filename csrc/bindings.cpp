@@ -63,6 +63,8 @@ PYBIND11_MODULE(_C, m) {
                  bindings::block_causal_attention_forward, cpu::block_causal_attention_forward);
   bindings::bind(m, "block_causal_attention_backward", bindings::kBlockCausalAttentionBackward,
                  bindings::block_causal_attention_backward, cpu::block_causal_attention_backward);
+  bindings::bind(m, "cached_attention", bindings::kCachedAttention, bindings::cached_attention,
+                 cpu::cached_attention);
 
   m.def("simd_level", &cpu::simd_level,
         "simd_level() -> str\n\nWhat runs: what the processor offers, capped by the environment variable VARKERN_SIMD\n"

@@ -141,7 +141,7 @@ inline BlockCausalAttention block_causal_attention(const Rows& q, const Rows& k,
                                                    int64_t B, int64_t H, int64_t L, int64_t D, int dtype,
                                                    double softmax_scale) {
   return {head_rows(q), head_rows(k), head_rows(v), Pointer{q_bias}, Pointer{v_bias}, Pointer{log_scale},
-          Pointer{lengths}, K, B, H, L, D, dtype, softmax_scale};
+          Pointer{lengths}, K, B, H, L, D, L, dtype, softmax_scale};
 }
 
 inline BlockCausalAttentionForward block_causal_attention_forward(
@@ -187,6 +187,21 @@ constexpr const char* kBlockCausalAttentionBackward =
 
 #undef VARKERN_ATTENTION
 #undef VARKERN_ATTENTION_SHAPES
+
+inline CachedAttention cached_attention(uintptr_t qkv, uintptr_t q_bias, uintptr_t v_bias, uintptr_t log_scale,
+                                        uintptr_t cache, uintptr_t q, uintptr_t out, int64_t B, int64_t n, int64_t H,
+                                        int64_t D, int64_t N, int64_t position, int64_t stride_b, int64_t stride_n,
+                                        int64_t stride_part, int64_t stride_h, int dtype, double softmax_scale) {
+  return {Pointer{qkv}, Pointer{q_bias}, Pointer{v_bias}, Pointer{log_scale}, Pointer{cache}, Pointer{q},  Pointer{out},
+          B,            n,               H,               D,                  N,              position,    stride_b,
+          stride_n,     stride_part,     stride_h,        dtype,              softmax_scale};
+}
+
+constexpr const char* kCachedAttention =
+    "cached_attention(qkv, q_bias, v_bias, log_scale, cache, q, out, B, n, H, D, N, position, stride_b, stride_n, "
+    "stride_part, stride_h, dtype, softmax_scale)\n\n"
+    "qkv (B, n, 3, H, D) strided, q_bias and v_bias (H, D) and log_scale (H) float32 (float64 where dtype is 3) or 0,\n"
+    "cache (2, B, H, N, D), q (B, H, n, D) scratch, out (B, n, H, D).";
 
 template <typename T>
 struct FromPython {

@@ -113,15 +113,16 @@ struct BlockCausalAttention {
   const void* log_scale;   // (H) Real, or nullptr
   const int64_t* lengths;  // (K): positions of each scale, L together
   int64_t K, B, H, L, D;
+  int64_t queries;  // the last positions, whole scales, that q, out and the sums have rows of: L in training
   int dtype;
   double softmax_scale;
 };
 
 struct BlockCausalAttentionForward {
   BlockCausalAttention args;
-  HeadRows out;    // dtype
-  void* largest;  // (B, H, L) Real: the largest q'_i . k'_j
-  void* total;    // (B, H, L) Real: the sum of exp(q'_i . k'_j - largest)
+  HeadRows out;   // dtype
+  void* largest;  // (B, H, queries) Real: the largest q'_i . k'_j; or nullptr
+  void* total;    // (B, H, queries) Real: the sum of exp(q'_i . k'_j - largest); or nullptr
 };
 
 // Gradients of q, k and v as given, before the biases and norms; sums are taken in an order fixed by the shapes alone.
@@ -133,6 +134,22 @@ struct BlockCausalAttentionBackward {
   void *grad_q_bias;     // (B, H, D) Real, a batch element's share, or nullptr
   void *grad_v_bias;     // (B, H, D) Real, or nullptr
   void* grad_log_scale;  // (B, H) Real, or nullptr
+};
+
+// The attention of one scale of a generation: its n tokens see those before them and each other. q', k' and v' are
+// those of BlockCausalAttention, k' and v' of earlier scales are in the cache, and those of the n tokens are put there.
+struct CachedAttention {
+  const void* qkv;        // (B, n, 3, H, D) dtype, last axis contiguous
+  const void* q_bias;     // (H, D) Real, or nullptr
+  const void* v_bias;     // (H, D) Real, or nullptr
+  const void* log_scale;  // (H) Real, or nullptr
+  void* cache;            // (2, B, H, N, D) dtype, contiguous: k' and v', overwritten at [position, position + n)
+  void* q;                // (B, H, n, D) dtype, contiguous: scratch for q'
+  void* out;              // (B, n, H, D) dtype, contiguous
+  int64_t B, n, H, D, N, position;
+  int64_t stride_b, stride_n, stride_part, stride_h;  // of qkv
+  int dtype;
+  double softmax_scale;
 };
 
 namespace cpu {

@@ -26,29 +26,6 @@ struct Workspace {
   }
 };
 
-// Scores of one row become exp(score - maximum so far). Returns what scales the row's earlier sums down to it.
-template <typename Real>
-Real softmax_row(Real* scores, int64_t width, int64_t padded, Real& largest, Real& total) {
-  for (int64_t j = width; j < padded; ++j) scores[j] = -Real(__builtin_inf());
-  Vector<Real> best = load(scores);
-  for (int64_t j = kLanes<Real>; j < padded; j += kLanes<Real>) {
-    const Vector<Real> s = load(scores + j);
-    best = s > best ? s : best;
-  }
-  Real maximum = largest;
-  for (int i = 0; i < kLanes<Real>; ++i) maximum = best[i] > maximum ? best[i] : maximum;
-  const Real shrink = maximum == largest ? Real(1) : Real(__builtin_exp(double(largest - maximum)));
-  Vector<Real> added{};
-  for (int64_t j = 0; j < padded; j += kLanes<Real>) {
-    const Vector<Real> p = exponential<Real>(load(scores + j) - maximum);
-    store(scores + j, p);
-    added += p;
-  }
-  largest = maximum;
-  total = total * shrink + sum<Real>(added);
-  return shrink;
-}
-
 template <typename T, typename Real>
 void attend(const BlockCausalAttentionForward& f, const Head<T>& head, int64_t first, int64_t rows, int64_t visible,
             const Workspace<Real>& w) {
@@ -69,12 +46,13 @@ void attend(const BlockCausalAttentionForward& f, const Head<T>& head, int64_t f
     }
     multiply_panels<false, true>(w.scores, kTile, rows, w.v + key * Dp, kColumns<Real>, Dp, width, panels, w.out, Dp);
   }
-  const int64_t row = (head.b * f.args.H + head.h) * f.args.L + first;
+  const int64_t query = head.query(first), row = (head.b * f.args.H + head.h) * f.args.queries + query;
   for (int64_t r = 0; r < rows; ++r) {
     Real* out = w.out + r * Dp;
     for (int64_t d = 0; d < Dp; d += kLanes<Real>) store(out + d, load(out + d) / w.total[r]);
-    write_row(out, D, head.row(f.out, first + r));
-    ((Real*)f.largest)[row + r] = w.largest[r], ((Real*)f.total)[row + r] = w.total[r];
+    write_row(out, D, head.row(f.out, query + r));
+    if (f.largest) ((Real*)f.largest)[row + r] = w.largest[r];
+    if (f.total) ((Real*)f.total)[row + r] = w.total[r];
   }
 }
 
@@ -86,7 +64,8 @@ const char* forward(const BlockCausalAttentionForward& f) {
   const int64_t all = thread_count(INT64_MAX, work / kWorkPerByte);
   // With few heads each is shared: its blocks go round a number of parts. A part packs the keys again, which is little
   // beside its blocks, and no result depends on how many there are.
-  const int64_t parts = heads >= 4 * all ? 1 : (4 * all + heads - 1) / heads;
+  const int64_t blocks = (a.queries + kBlockRows - 1) / kBlockRows;
+  const int64_t parts = heads >= 4 * all ? 1 : minimum((4 * all + heads - 1) / heads, blocks);
   const int threads = thread_count(heads * parts, work / kWorkPerByte);
   Workspace<Real>* workspaces = nullptr;
   const bool done = with_workspace(

@@ -165,6 +165,29 @@ inline void multiply_panels(const Real* a, int64_t a_line, int64_t M, const Real
   }
 }
 
+// Scores of one row become exp(score - maximum so far). Returns what scales the row's earlier sums down to it.
+template <typename Real>
+inline Real softmax_row(Real* scores, int64_t width, int64_t padded, Real& largest, Real& total) {
+  for (int64_t j = width; j < padded; ++j) scores[j] = -Real(__builtin_inf());
+  Vector<Real> best = load(scores);
+  for (int64_t j = kLanes<Real>; j < padded; j += kLanes<Real>) {
+    const Vector<Real> s = load(scores + j);
+    best = s > best ? s : best;
+  }
+  Real maximum = largest;
+  for (int i = 0; i < kLanes<Real>; ++i) maximum = best[i] > maximum ? best[i] : maximum;
+  const Real shrink = maximum == largest ? Real(1) : Real(__builtin_exp(double(largest - maximum)));
+  Vector<Real> added{};
+  for (int64_t j = 0; j < padded; j += kLanes<Real>) {
+    const Vector<Real> p = exponential<Real>(load(scores + j) - maximum);
+    store(scores + j, p);
+    added += p;
+  }
+  largest = maximum;
+  total = total * shrink + sum<Real>(added);
+  return shrink;
+}
+
 // How a row became what is multiplied: row * factor, with factor = scale / |row| where it is normalised.
 template <typename Real>
 struct Scaling {
@@ -223,8 +246,10 @@ struct Head {
     return (T*)rows.data + b * rows.stride_b + h * rows.stride_h + l * rows.stride_l;
   }
 
+  int64_t query(int64_t l) const { return l - (a->L - a->queries); }  // the row of position l in q and out
+
   Scaling<Real> read_q(int64_t l, Real* out) const {
-    read_row(row(a->q, l), a->D, Dp, out);
+    read_row(row(a->q, query(l)), a->D, Dp, out);
     if (q_bias) add_to(out, q_bias, a->D);
     return scale_row(out, Dp, q_scale, normalise);
   }
@@ -249,21 +274,29 @@ inline void transpose_rows(Real* rows, int64_t L, int64_t Lp, int64_t D, int64_t
   }
 }
 
-// Calls body(first row, rows, visible keys) for every block of at most kBlockRows rows of one scale.
-template <int64_t kBlockRows, typename Body>
-inline void for_each_block(const BlockCausalAttention& a, const Body& body) {
+// Calls body(begin, end) for every scale whose positions are queries.
+template <typename Body>
+inline void for_each_scale(const BlockCausalAttention& a, const Body& body) {
   int64_t begin = 0;
   for (int64_t k = 0; k < a.K; ++k) {
     const int64_t end = begin + a.lengths[k];
-    for (int64_t first = begin; first < end; first += kBlockRows) body(first, minimum(kBlockRows, end - first), end);
+    if (begin >= a.L - a.queries) body(begin, end);
     begin = end;
   }
 }
 
+// Calls body(first row, rows, visible keys) for every block of at most kBlockRows rows of one scale.
+template <int64_t kBlockRows, typename Body>
+inline void for_each_block(const BlockCausalAttention& a, const Body& body) {
+  for_each_scale(a, [&](int64_t begin, int64_t end) {
+    for (int64_t first = begin; first < end; first += kBlockRows) body(first, minimum(kBlockRows, end - first), end);
+  });
+}
+
 // Pairs of a query and a key that it sees.
 inline int64_t visible_pairs(const BlockCausalAttention& a) {
-  int64_t pairs = 0, end = 0;
-  for (int64_t k = 0; k < a.K; ++k) pairs += a.lengths[k] * (end += a.lengths[k]);
+  int64_t pairs = 0;
+  for_each_scale(a, [&](int64_t begin, int64_t end) { pairs += (end - begin) * end; });
   return pairs;
 }
 
@@ -279,7 +312,7 @@ inline const char* dispatch_element(int dtype, const Body& body) {
   }
 }
 
-constexpr const char* kAttentionOutOfMemory = "out of memory for the workspace of block-causal attention";
+constexpr const char* kAttentionOutOfMemory = "out of memory for the workspace of attention";
 
 }  // namespace
 }  // namespace varkern

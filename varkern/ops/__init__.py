@@ -10,6 +10,7 @@ from varkern.ops.attention import (
     block_causal_attention_qkv_reference,
     block_causal_attention_reference,
 )
+from varkern.ops.decode import cached_attention, cached_attention_reference
 from varkern.ops.norm import modulated_layer_norm, modulated_layer_norm_reference
 from varkern.ops.quantize import (
     next_scale_input,
@@ -24,6 +25,8 @@ __all__ = [
     "block_causal_attention_qkv",
     "block_causal_attention_qkv_reference",
     "block_causal_attention_reference",
+    "cached_attention",
+    "cached_attention_reference",
     "current_backend",
     "explain",
     "modulated_layer_norm",

@@ -1,0 +1,405 @@
+"""Attention of next-scale generation: values, whole schedules, the cache's other bits, operator checks, bad input."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from varkern.ops import (
+    _library,
+    block_causal_attention_qkv,
+    block_causal_attention_qkv_reference,
+    cached_attention,
+    cached_attention_reference,
+    use_backend,
+)
+
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+LENGTHS_256 = tuple(p * p for p in (1, 2, 3, 4, 5, 6, 8, 10, 13, 16))
+
+
+@dataclass(frozen=True)
+class Case:
+    n: int
+    position: int
+    B: int = 2
+    H: int = 2
+    D: int = 64
+    dtype: torch.dtype = torch.float32
+    spare: int = 3  # positions of the cache beyond the new ones
+    q_bias: bool = True
+    v_bias: bool = True
+    log_scale: bool = True
+    softmax_scale: float = 1.0
+
+    def inputs(self, device: torch.device | str) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+        """qkv as a slice of a wider tensor, a cache with NaN at and beyond position, biases and log_scale."""
+        qkv = torch.randn(self.B, self.n + 2, 3, self.H + 1, self.D)[:, 1 : self.n + 1, :, : self.H]
+        cache = torch.randn(2, self.B, self.H, self.position + self.n + self.spare, self.D)
+        if self.log_scale:
+            cache[0] /= cache[0].norm(dim=-1, keepdim=True)
+        cache[:, :, :, self.position :] = torch.nan
+        present = self.q_bias, self.v_bias, self.log_scale
+        tensors = torch.randn(self.H * self.D), torch.randn(self.H * self.D), torch.linspace(0.5, 5.0, self.H)
+        prologue = [tensor.to(device) if is_there else None for tensor, is_there in zip(tensors, present, strict=True)]
+        return qkv.to(device, self.dtype), cache.to(device, self.dtype), prologue
+
+
+CASES = {
+    "one_token_alone": Case(1, 0),
+    "one_token": Case(1, 5, B=3),
+    "one_of_many_keys": Case(1, 1300),
+    "four": Case(4, 1, D=32),
+    "a_tile": Case(16, 48),
+    "a_tile_and_one": Case(17, 48, H=3),
+    "wide_heads": Case(33, 40, D=128),
+    "large_tiles": Case(130, 70, D=32, H=1),
+    "split": Case(20, 1100, B=1),
+    "split_wide": Case(5, 1500, B=1, H=1, D=128),
+    "full_cache": Case(9, 5, spare=0),
+    "one_head": Case(25, 30, B=1, H=1),
+    "plain": Case(16, 14, q_bias=False, v_bias=False, log_scale=False, softmax_scale=0.125),
+    "biases_only": Case(16, 14, log_scale=False, softmax_scale=0.125),
+    "temperature_only": Case(16, 14, q_bias=False, v_bias=False),
+    "scaled_temperature": Case(16, 14, softmax_scale=0.25),
+}
+DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+# Widths and dtypes that only the CPU's kernel takes.
+NARROW = {
+    "odd_heads": Case(9, 5, D=7),
+    "one_channel": Case(9, 5, D=1, log_scale=False),
+    "f64": Case(16, 14, D=24, dtype=torch.float64),
+}
+
+
+def doubles(tensors: list[Tensor | None]) -> list[Tensor | None]:
+    return [None if tensor is None else tensor.double() for tensor in tensors]
+
+
+def assert_as_accurate_as_eager(name: str, got: Tensor, eager: Tensor, exact: Tensor) -> None:
+    """At most twice the error of eager PyTorch, and one rounding of the result's largest element."""
+    assert (got.dtype, got.shape) == (eager.dtype, eager.shape)
+    error, eagers = (got.double() - exact).abs().max(), (eager.double() - exact).abs().max()
+    rounding = torch.finfo(got.dtype).eps * exact.abs().max()
+    assert error <= 2 * eagers + rounding, f"{name}: error {error:.3g}, eager's {eagers:.3g}, rounding {rounding:.3g}"
+
+
+def compute(case: Case, device: torch.device | str) -> list[list[Tensor]]:
+    """For one draw: [output, new keys and values] of the op, of eager PyTorch and of float64."""
+    qkv, cache, prologue = case.inputs(device)
+    settings, results = (case.position, case.softmax_scale), []
+    end = case.position + case.n
+    for form, dtype in ((cached_attention, None), (cached_attention_reference, None), (None, torch.float64)):
+        tensors = [qkv, cache] if dtype is None else [qkv.double(), cache.double()]
+        mine = tensors[1].clone()
+        arguments = tensors[0], mine, settings[0], *(prologue if dtype is None else doubles(prologue)), settings[1]
+        with torch.no_grad():
+            out = (form or cached_attention_reference)(*arguments)
+        assert out.is_contiguous()
+        same = mine[:, :, :, : case.position], mine[:, :, :, end:]
+        for ours, before in zip(same, (tensors[1][:, :, :, : case.position], tensors[1][:, :, :, end:]), strict=True):
+            assert torch.equal(ours.nan_to_num(nan=7.0), before.nan_to_num(nan=7.0))  # nothing else is written
+        results.append([out, mine[:, :, :, case.position : end]])
+    return results
+
+
+def check(case: Case, device: torch.device | str = "cpu") -> None:
+    # The largest error of a few rows is a matter of luck, so that many are drawn.
+    draws = [compute(case, device) for _ in range(-(-100 // (case.n * case.B * case.H)))]
+    for i, name in enumerate(("output", "cache")):
+        got, eager, exact = (torch.stack([draw[form][i] for draw in draws]) for form in range(3))
+        assert_as_accurate_as_eager(name, got, eager, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.usefixtures("nan_in_empty")
+def test_value_and_cache(device: torch.device, case: Case, dtype: torch.dtype) -> None:
+    check(replace(case, dtype=dtype), device)
+
+
+@pytest.mark.parametrize("case", NARROW.values(), ids=NARROW)
+@pytest.mark.usefixtures("nan_in_empty")
+def test_value_and_cache_on_the_cpu(case: Case) -> None:
+    with use_backend("cpu"):
+        check(case)
+
+
+def generate(lengths: tuple[int, ...], qkv: Tensor, prologue: list[Tensor | None], softmax_scale: float) -> Tensor:
+    """The scales one after another, with one cache."""
+    B, L, _, H, D = qkv.shape
+    cache, outs, begin = torch.full((2, B, H, L, D), torch.nan, dtype=qkv.dtype, device=qkv.device), [], 0
+    for n in lengths:
+        outs.append(cached_attention(qkv[:, begin : begin + n], cache, begin, *prologue, softmax_scale))
+        begin += n
+    return torch.cat(outs, 1)
+
+
+@pytest.mark.parametrize("lengths", [(1, 4, 9, 16), (7, 30, 1, 50), LENGTHS_256], ids=["small", "uneven", "256px"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_generation_is_block_causal_attention(
+    device: torch.device, lengths: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """As accurate as eager PyTorch over the whole sequence, and on the CPU, in float32, the bits of the training op.
+
+    But for scales of up to four tokens, which multiply in another order.
+    """
+    case = Case(sum(lengths), 0, B=1, dtype=dtype)
+    qkv, _, prologue = case.inputs(device)
+    got = generate(lengths, qkv, prologue, 1.0)
+    eager = block_causal_attention_qkv_reference(qkv, *prologue, lengths, 1.0)
+    exact = block_causal_attention_qkv_reference(qkv.double(), *doubles(prologue), lengths, 1.0)
+    assert_as_accurate_as_eager("generation", got, eager, exact)
+    if _library.current_backend() == "cpu" and dtype == torch.float32:
+        many = torch.tensor(lengths).gt(4).repeat_interleave(torch.tensor(lengths))
+        assert torch.equal(got[:, many], block_causal_attention_qkv(qkv, *prologue, lengths, 1.0)[:, many])
+
+
+def test_reference_is_the_formula() -> None:
+    case = Case(3, 4, D=5, dtype=torch.float64)
+    qkv, cache, prologue = case.inputs("cpu")
+    q_bias, v_bias, log_scale = doubles(prologue)
+    before = cache.clone()
+    got = cached_attention_reference(qkv, cache, 4, q_bias, v_bias, log_scale, 0.7)
+    for b in range(case.B):
+        for h in range(case.H):
+            q = qkv[b, :, 0, h] + q_bias.view(case.H, -1)[h]
+            new = torch.stack([qkv[b, j, 1, h] / qkv[b, j, 1, h].norm() for j in range(3)])
+            k = torch.cat((before[0, b, h, :4], new))
+            v = torch.cat((before[1, b, h, :4], qkv[b, :, 2, h] + v_bias.view(case.H, -1)[h]))
+            torch.testing.assert_close(cache[:, b, h, 4:7], torch.stack((k[4:], v[4:])))
+            temperature = min(100.0, float(log_scale[h].exp()))
+            for i in range(3):
+                scores = q[i] @ k.T / q[i].norm() * temperature * 0.7
+                torch.testing.assert_close(got[b, i, h], scores.softmax(0) @ v)
+
+
+@pytest.mark.parametrize("size", [4.0, 30.0])
+def test_large_scores(device: torch.device, size: float) -> None:
+    """Scores of hundreds, without normalisation: as accurate as eager, and no overflow of an exponential."""
+    case = Case(20, 30, dtype=torch.float16, q_bias=False, log_scale=False, softmax_scale=0.5)
+    qkv, cache, prologue = case.inputs(device)
+    qkv[:, :, :2] *= size
+    results = [
+        form(t[0], t[1].clone(), 30, *p, 0.5)
+        for form, t, p in (
+            (cached_attention, (qkv, cache), prologue),
+            (cached_attention_reference, (qkv, cache), prologue),
+            (cached_attention_reference, (qkv.double(), cache.double()), doubles(prologue)),
+        )
+    ]
+    assert_as_accurate_as_eager("output", *results)
+
+
+def test_rows_of_zeros_have_the_floor_for_a_norm(device: torch.device) -> None:
+    qkv, cache, (_, v_bias, log_scale) = Case(9, 5).inputs(device)
+    qkv[0, 3, :2], qkv[1, 7, 0] = 0, 1e-14
+    results = []
+    for form in (cached_attention, cached_attention_reference):
+        mine = cache.clone()
+        results.append((form(qkv, mine, 5, None, v_bias, log_scale, 1.0), mine[:, :, :, :14]))
+    for got, want in zip(*results, strict=True):
+        assert got.isfinite().all()
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_not_a_number_is_not_lost(device: torch.device) -> None:
+    qkv, cache, prologue = Case(9, 70).inputs(device)
+    cache[1, 0, 1, 3, 5] = torch.nan
+    out = cached_attention(qkv, cache, 70, *prologue, 1.0)
+    assert out[0, :, 1, 5].isnan().all()
+    assert out[1].isfinite().all()
+    assert out[0, :, 0].isfinite().all()
+
+
+STRIDES = {
+    "tokens_first": lambda qkv: qkv.transpose(0, 1).contiguous().transpose(0, 1),
+    "heads_first": lambda qkv: qkv.transpose(1, 3).contiguous().transpose(1, 3),
+    "strided_last_axis": lambda qkv: qkv.repeat_interleave(2, dim=4)[..., ::2],
+    "not_aligned": lambda qkv: torch.cat((qkv[..., :1], qkv), 4)[..., 1:],
+    "expanded": lambda qkv: qkv[:1].expand_as(qkv),
+}
+
+
+@pytest.mark.parametrize("change", STRIDES.values(), ids=STRIDES)
+def test_strides(device: torch.device, change) -> None:
+    qkv, cache, prologue = Case(9, 5).inputs(device)
+    qkv = change(qkv)
+    caches = cache, cache.clone()
+    got, want = (
+        cached_attention(t, c, 5, *prologue, 1.0) for t, c in zip((qkv, qkv.contiguous()), caches, strict=True)
+    )
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(*caches, equal_nan=True)
+
+
+def test_parameters_of_any_shape_and_dtype(device: torch.device) -> None:
+    qkv, cache, (q_bias, v_bias, log_scale) = Case(9, 5).inputs(device)
+    want = cached_attention(qkv, cache.clone(), 5, q_bias, v_bias, log_scale, 1.0)
+    shaped = q_bias.view(1, 2, 64).double(), v_bias.view(2, 64), log_scale.view(1, 2, 1, 1)
+    assert torch.equal(cached_attention(qkv, cache, 5, *shaped, 1.0), want)
+
+
+def test_no_batch(device: torch.device) -> None:
+    qkv, cache, prologue = Case(9, 5).inputs(device)
+    assert cached_attention(qkv[:0], cache[:, :0], 5, *prologue, 1.0).shape == (0, 9, 2, 64)
+
+
+def test_two_caches_do_not_meet(device: torch.device) -> None:
+    """Two generations that take turns give what each gives alone: the op keeps nothing between calls."""
+    lengths, cases = (1, 4, 9), (Case(14, 0), Case(14, 0))
+    drawn = [case.inputs(device) for case in cases]
+    want = [generate(lengths, qkv, prologue, 1.0) for qkv, _, prologue in drawn]
+    caches, outs, begin = [torch.full((2, 2, 2, 14, 64), torch.nan, device=device) for _ in cases], ([], []), 0
+    for n in lengths:
+        for i, (qkv, _, prologue) in enumerate(drawn):
+            outs[i].append(cached_attention(qkv[:, begin : begin + n], caches[i], begin, *prologue, 1.0))
+        begin += n
+    for i in range(2):
+        assert torch.equal(torch.cat(outs[i], 1), want[i])
+
+
+def test_deterministic(device: torch.device) -> None:
+    qkv, cache, prologue = Case(20, 1100, B=1).inputs(device)
+    first = cached_attention(qkv, cache.clone(), 1100, *prologue, 1.0)
+    assert torch.equal(cached_attention(qkv, cache, 1100, *prologue, 1.0), first)
+    # Once more at the same place: the cache holds the same again.
+    before = cache.clone()
+    assert torch.equal(cached_attention(qkv, cache, 1100, *prologue, 1.0), first)
+    assert torch.equal(cache.nan_to_num(), before.nan_to_num())
+
+
+def test_the_number_of_threads_does_not_change_a_bit() -> None:
+    case = Case(200, 300, B=1, H=3)  # fewer heads than four times the threads: they are shared
+    qkv, cache, prologue = case.inputs("cpu")
+    threads, results = torch.get_num_threads(), []
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            mine = cache.clone()
+            with use_backend("cpu"):
+                results.append((cached_attention(qkv, mine, 300, *prologue, 1.0), mine.nan_to_num()))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_opcheck(device: torch.device) -> None:
+    op, backend = torch.ops.varkern.cached_attention.default, _library.current_backend()
+    qkv, cache, prologue = Case(4, 1, H=1).inputs(device)
+    cache = cache.nan_to_num()  # the checks compare what is not written
+    torch.library.opcheck(op, (qkv, cache, 1, *prologue, 1.0, backend))
+    torch.library.opcheck(op, (qkv, cache, 1, None, None, None, 0.125, backend))
+
+
+@pytest.mark.parametrize(
+    "compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)], ids=["aot", "inductor"]
+)
+def test_compile_fullgraph(device: torch.device, compiler: str) -> None:
+    if compiler == "inductor" and _library.current_backend() != "cpu":
+        pytest.skip("what the compiler makes of it does not depend on the backend")
+
+    def step(qkv: Tensor, cache: Tensor, position: int, prologue: list[Tensor | None]) -> Tensor:
+        return cached_attention(qkv * 2, cache, position, *prologue, 1.0).square()
+
+    torch.compiler.reset()
+    compiled = torch.compile(step, fullgraph=True, backend=compiler)
+    qkv, cache, prologue = Case(9, 5).inputs(device)
+    with torch.no_grad():
+        for position in (5, 6, 7):  # the second and third with a symbolic position
+            mine, other = cache.nan_to_num(), cache.nan_to_num()
+            torch.testing.assert_close(compiled(qkv, mine, position, prologue), step(qkv, other, position, prologue))
+            torch.testing.assert_close(mine, other)
+
+
+def test_gradients_are_refused(device: torch.device) -> None:
+    qkv, cache, prologue = Case(4, 1).inputs(device)
+    before = cache.clone()
+    with pytest.raises(RuntimeError, match=r"cached_attention has no gradient: call it under torch\.no_grad\(\)"):
+        cached_attention(qkv.requires_grad_(), cache, 1, *prologue, 1.0)
+    with pytest.raises(RuntimeError, match="cached_attention has no gradient"):
+        torch.ops.varkern.cached_attention(qkv, cache, 1, *prologue, 1.0, _library.current_backend())
+    leaf = prologue[2].requires_grad_()
+    with pytest.raises(RuntimeError, match="cached_attention has no gradient"):
+        cached_attention(qkv.detach(), cache, 1, *prologue[:2], leaf, 1.0)
+    assert torch.equal(cache.nan_to_num(nan=7.0), before.nan_to_num(nan=7.0))
+    with torch.no_grad():
+        want = cached_attention(qkv, cache.clone(), 1, *prologue, 1.0)
+    with torch.inference_mode():
+        assert torch.equal(cached_attention(qkv, cache.clone(), 1, *prologue, 1.0), want)
+
+
+def test_fake_tensors_reach_no_kernel() -> None:
+    qkv, cache, prologue = (x if isinstance(x, list) else x.to("meta") for x in Case(4, 1).inputs("meta"))
+    out = cached_attention(qkv, cache, 1, *prologue, 1.0)
+    assert (out.device.type, out.shape) == ("meta", (2, 4, 2, 64))
+
+
+BAD = {
+    "four_axes": (lambda a: a | {"qkv": a["qkv"][0]}, "qkv has shape (4, 3, 2, 32), give (B, n, 3, H, D)"),
+    "not_three": (lambda a: a | {"qkv": a["qkv"][:, :, :2]}, "qkv has shape (2, 4, 2, 2, 32)"),
+    "no_tokens": (lambda a: a | {"qkv": a["qkv"][:, :0]}, "with n, H, D > 0"),
+    "another_batch": (lambda a: a | {"cache": a["cache"][:, :1]}, "cache has shape (2, 1, 2, 8, 32), give (2, 2, 2, N"),
+    "keys_alone": (lambda a: a | {"cache": a["cache"][0]}, "cache has shape (2, 2, 8, 32)"),
+    "another_dtype": (
+        lambda a: a | {"cache": a["cache"].half()},
+        "cache is torch.float16 on cpu and qkv torch.float32",
+    ),
+    "another_device": (lambda a: a | {"cache": a["cache"].to("meta")}, "cache is torch.float32 on meta"),
+    "not_contiguous": (lambda a: a | {"cache": a["cache"][:, :, :, :7]}, "give a contiguous tensor"),
+    "negative": (lambda a: a | {"position": -1}, "position is -1, give one from 0 to 4 for 4 tokens and a cache of 8"),
+    "cache_too_short": (lambda a: a | {"position": 5}, "position is 5, give one from 0 to 4"),
+    "short_bias": (lambda a: a | {"q_bias": torch.zeros(5)}, "q_bias has shape (5,), give 64 elements for 2 heads"),
+    "heads": (lambda a: a | {"log_scale": torch.zeros(3)}, "log_scale has shape (3,), give 2 elements"),
+    "bias_elsewhere": (lambda a: a | {"v_bias": torch.zeros(64, device="meta")}, "v_bias is on meta and qkv on cpu"),
+    "integers": (lambda a: a | {"q_bias": torch.zeros(64).long()}, "give floating-point tensors"),
+}
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", None])
+@pytest.mark.parametrize(("change", "message"), BAD.values(), ids=BAD)
+def test_bad_input(change, message: str, backend: str | None) -> None:
+    qkv, cache, prologue = Case(4, 1, D=32).inputs("cpu")
+    names = dict(zip(("q_bias", "v_bias", "log_scale"), prologue, strict=True))
+    arguments = change({"qkv": qkv, "cache": cache, "position": 1, **names})
+    before = arguments["cache"].clone()
+    with use_backend(backend), pytest.raises(ValueError, match=re.escape(message)):
+        cached_attention(**arguments, softmax_scale=1.0)
+    if before.device.type == "cpu":
+        assert torch.equal(arguments["cache"].nan_to_num(nan=7.0), before.nan_to_num(nan=7.0))
+
+
+LEVELS = """
+import torch, test_decode as t
+from varkern import _C
+from varkern.ops import use_backend
+torch.manual_seed(0)
+with use_backend("cpu"):
+    for name in ("one_token_alone", "four", "a_tile_and_one", "wide_heads", "plain"):
+        for dtype in t.DTYPES.values():
+            t.check(t.replace(t.CASES[name], dtype=dtype))
+    for case in t.NARROW.values():
+        t.check(case)
+print(_C.simd_level())
+"""
+
+
+@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"] if X86 else ["baseline"])
+def test_simd_levels_and_uninitialised_memory(level: str) -> None:
+    """Each level the processor has, on a heap that glibc fills with garbage: the workspace holds nothing by chance."""
+    environment = {"VARKERN_SIMD": level, "MALLOC_PERTURB_": "85", "PYTHONPATH": os.path.dirname(__file__)}
+    done = subprocess.run(
+        [sys.executable, "-c", LEVELS], capture_output=True, text=True, env={**os.environ, **environment}
+    )
+    assert done.returncode == 0, done.stderr
+    if done.stdout.strip() != level:
+        pytest.skip(f"this processor does not run {level}")

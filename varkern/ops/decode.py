@@ -1,0 +1,211 @@
+"""Attention of next-scale generation: the tokens of one scale see those of the earlier scales, kept in a cache, and
+each other, without a mask (arXiv 2404.02905, section 3.2).
+
+    out_i = Σ_j softmax_j(q_i · k_j · softmax_scale) v_j,    j < position + n
+
+A step starts from the qkv projection, as ``block_causal_attention_qkv`` does, and writes the keys and values of its n
+tokens into memory taken once for a generation; the scales one after another give what that op gives for all of them.
+"""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from varkern.ops._library import (
+    DTYPE_CODES,
+    Op,
+    autograd,
+    cpu_why_not,
+    current_backend,
+    dense_last_axis,
+    dtype_why_not,
+    extension,
+    fake,
+    impl,
+    library,
+    needs_gradient,
+    reference_forced,
+)
+from varkern.ops.attention_reference import attention_reference, normalize_qk_reference
+
+__all__ = ["cached_attention", "cached_attention_reference"]
+
+_CODES = {**DTYPE_CODES, torch.float64: 3}
+
+
+def cached_attention_reference(
+    qkv: Tensor,
+    cache: Tensor,
+    position: int,
+    q_bias: Tensor | None,
+    v_bias: Tensor | None,
+    log_scale: Tensor | None,
+    softmax_scale: float,
+) -> Tensor:
+    """``cached_attention`` in plain PyTorch; same arguments, effect and result."""
+    n, _, H, D = qkv.shape[1:]
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    if q_bias is not None:
+        q = q + q_bias.to(q.dtype).view(H, 1, D)
+    if v_bias is not None:
+        v = v + v_bias.to(v.dtype).view(H, 1, D)
+    if log_scale is not None:
+        q, k = normalize_qk_reference(q, k, log_scale.view(H, 1, 1))
+    end = position + n
+    cache[0, :, :, position:end], cache[1, :, :, position:end] = k, v
+    seen = cache[:, :, :, :end]
+    return attention_reference(q.to(v.dtype), seen[0], seen[1], None, softmax_scale).transpose(1, 2).contiguous()
+
+
+def cached_attention(
+    qkv: Tensor,
+    cache: Tensor,
+    position: int,
+    q_bias: Tensor | None,
+    v_bias: Tensor | None,
+    log_scale: Tensor | None,
+    softmax_scale: float,
+) -> Tensor:
+    """Softmax attention of the n tokens of a scale over the cache and themselves; they are appended to the cache.
+
+    Args:
+        qkv: (B, n, 3, H, D), the projection without its bias, as ``linear(x).view(B, n, 3, H, D)``; any strides but
+            for D. float32, float16, bfloat16; on the CPU float64 too.
+        cache: (2, B, H, N, D), contiguous, of qkv's dtype: keys, as they are multiplied, and values, with their bias,
+            of the positions before ``position``. Those of [position, position + n) are written; the rest is not read.
+        position: how many tokens the cache holds; position + n is at most N.
+        q_bias, v_bias: (H * D,), added to q and v; or None.
+        log_scale: log of each head's temperature, H elements of any shape: q and k are divided by their L2 norms
+            (at least 1e-12) and q is multiplied by ``exp(min(log_scale, log 100))``. None: neither.
+        softmax_scale: of the scores.
+
+    Returns:
+        (B, n, H, D), contiguous, of qkv's dtype. Accumulation is float32 (float64 for float64). The same bits for the
+        same shapes and values, whatever the number of threads.
+
+    For inference: raises ``RuntimeError`` where a gradient would be recorded, or where the backend asked for cannot
+    serve, ``ValueError`` for shapes, dtypes or devices that do not fit. Nothing is written then.
+    """
+    _check(qkv, cache, position, q_bias, v_bias, log_scale)
+    if needs_gradient(*(tensor for tensor in (qkv, cache, q_bias, v_bias, log_scale) if tensor is not None)):
+        _refuse_gradient()
+    prologue = q_bias, v_bias, log_scale
+    if reference_forced():
+        return cached_attention_reference(qkv, cache, position, *prologue, softmax_scale)
+    return torch.ops.varkern.cached_attention(qkv, cache, position, *prologue, softmax_scale, current_backend())
+
+
+def _refuse_gradient(*_: object) -> NoReturn:
+    raise RuntimeError(
+        "cached_attention has no gradient: call it under torch.no_grad() or torch.inference_mode(), or train through "
+        "block_causal_attention_qkv."
+    )
+
+
+def _check(
+    qkv: Tensor,
+    cache: Tensor,
+    position: int,
+    q_bias: Tensor | None,
+    v_bias: Tensor | None,
+    log_scale: Tensor | None,
+) -> None:
+    if qkv.dim() != 5 or qkv.size(2) != 3 or 0 in qkv.shape[1:]:
+        raise ValueError(f"cached_attention: qkv has shape {tuple(qkv.shape)}, give (B, n, 3, H, D) with n, H, D > 0.")
+    B, n, _, H, D = qkv.shape
+    if cache.dim() != 5 or (*cache.shape[:3], cache.size(4)) != (2, B, H, D):
+        raise ValueError(
+            f"cached_attention: cache has shape {tuple(cache.shape)}, give (2, {B}, {H}, N, {D}) for qkv of shape "
+            f"{tuple(qkv.shape)}."
+        )
+    if cache.dtype != qkv.dtype or cache.device != qkv.device:
+        raise ValueError(
+            f"cached_attention: cache is {cache.dtype} on {cache.device} and qkv {qkv.dtype} on {qkv.device}, give "
+            "them one dtype and device."
+        )
+    if not cache.is_contiguous():
+        raise ValueError(f"cached_attention: cache has strides {cache.stride()}, give a contiguous tensor.")
+    if not 0 <= position <= cache.size(3) - n:
+        raise ValueError(
+            f"cached_attention: position is {position}, give one from 0 to {cache.size(3) - n} for {n} tokens and a "
+            f"cache of {cache.size(3)}."
+        )
+    for name, tensor, numel in (("q_bias", q_bias, H * D), ("v_bias", v_bias, H * D), ("log_scale", log_scale, H)):
+        if tensor is None:
+            continue
+        if tensor.numel() != numel:
+            raise ValueError(
+                f"cached_attention: {name} has shape {tuple(tensor.shape)}, give {numel} elements for {H} heads of {D}."
+            )
+        if tensor.device != qkv.device:
+            raise ValueError(f"cached_attention: {name} is on {tensor.device} and qkv on {qkv.device}, use one device.")
+    if not all(tensor.is_floating_point() for tensor in (qkv, q_bias, v_bias, log_scale) if tensor is not None):
+        raise ValueError("cached_attention: give floating-point tensors.")
+
+
+def _why_not_cpu(qkv: Tensor, *_: object) -> str | None:
+    return cpu_why_not(qkv) or (None if qkv.dtype == torch.float64 else dtype_why_not(qkv))
+
+
+def _example(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    return (torch.zeros(1, 4, 3, 1, 64, device=device, dtype=dtype),)
+
+
+_OP = Op("cached_attention", {"cpu": _why_not_cpu}, _example)
+
+library.define(
+    "cached_attention(Tensor qkv, Tensor(a!) cache, SymInt position, Tensor? q_bias, Tensor? v_bias, "
+    "Tensor? log_scale, float softmax_scale, str? backend) -> Tensor"
+)
+
+
+@impl("cached_attention")
+def _cached_attention(
+    qkv: Tensor,
+    cache: Tensor,
+    position: int,
+    q_bias: Tensor | None,
+    v_bias: Tensor | None,
+    log_scale: Tensor | None,
+    softmax_scale: float,
+    backend: str | None,
+) -> Tensor:
+    _check(qkv, cache, position, q_bias, v_bias, log_scale)
+    backend = _OP.choose(backend, qkv.device.type, qkv)
+    if backend == "reference":
+        return cached_attention_reference(qkv, cache, position, q_bias, v_bias, log_scale, softmax_scale)
+    B, n, _, H, D = qkv.shape
+    out, q = qkv.new_empty((B, n, H, D)), qkv.new_empty((B, H, n, D))
+    if B == 0:
+        return out
+    qkv = dense_last_axis(qkv)
+    wide = torch.float64 if qkv.dtype == torch.float64 else torch.float32
+    prologue = [None if t is None else t.detach().to(wide).contiguous() for t in (q_bias, v_bias, log_scale)]
+    extension(backend).cached_attention(
+        *(qkv.data_ptr(), *(0 if t is None else t.data_ptr() for t in prologue)),
+        *(cache.data_ptr(), q.data_ptr(), out.data_ptr(), B, n, H, D, cache.size(3), position),
+        *(qkv.stride(0), qkv.stride(1), qkv.stride(2), qkv.stride(3), _CODES[qkv.dtype], softmax_scale),
+    )
+    return out
+
+
+@fake("cached_attention")
+def _fake(
+    qkv: Tensor,
+    cache: Tensor,
+    position: int,
+    q_bias: Tensor | None,
+    v_bias: Tensor | None,
+    log_scale: Tensor | None,
+    softmax_scale: float,
+    backend: str | None,
+) -> Tensor:
+    _check(qkv, cache, position, q_bias, v_bias, log_scale)
+    B, n, _, H, D = qkv.shape
+    return qkv.new_empty((B, n, H, D))
+
+
+autograd("cached_attention", _refuse_gradient)
