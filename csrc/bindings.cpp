@@ -65,6 +65,8 @@ PYBIND11_MODULE(_C, m) {
                  bindings::block_causal_attention_backward, cpu::block_causal_attention_backward);
   bindings::bind(m, "cached_attention", bindings::kCachedAttention, bindings::cached_attention,
                  cpu::cached_attention);
+  bindings::bind(m, "sample_tokens", bindings::kSampleTokens, bindings::sample_tokens, cpu::sample_tokens);
+  bindings::bind(m, "filter_logits", bindings::kFilterLogits, bindings::filter_logits, cpu::filter_logits);
 
   m.def("simd_level", &cpu::simd_level,
         "simd_level() -> str\n\nWhat runs: what the processor offers, capped by the environment variable VARKERN_SIMD\n"

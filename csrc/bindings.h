@@ -202,6 +202,30 @@ constexpr const char* kCachedAttention =
     "stride_part, stride_h, dtype, softmax_scale)\n\n"
     "qkv (B, n, 3, H, D) strided, q_bias and v_bias (H, D) and log_scale (H) float32 (float64 where dtype is 3) or 0,\n"
     "cache (2, B, H, N, D), q (B, H, n, D) scratch, out (B, n, H, D).";
+inline SampleTokens sample_tokens(uintptr_t logits, uintptr_t noise, uintptr_t tokens, uintptr_t status, int64_t B,
+                                  int64_t n, int64_t V, int64_t stride_b, int64_t stride_n, int64_t top_k,
+                                  double guidance, double top_p, int dtype, bool guided) {
+  return {Pointer{logits}, Pointer{noise}, Pointer{tokens}, Pointer{status}, B,     n,      V, stride_b, stride_n,
+          top_k,           guidance,       top_p,           dtype,           guided};
+}
+
+constexpr const char* kSampleTokens =
+    "sample_tokens(logits, noise, tokens, status, B, n, V, stride_b, stride_n, top_k, guidance, top_p, dtype, "
+    "guided)\n\n"
+    "logits (B, n, V) strided or, guided, (2B, n, V); noise (B * n, V) float32, tokens (B * n) int64, status (2)\n"
+    "int64, not used on CUDA: how many tokens are -1, left to PyTorch's rounding, and -2, without distribution.";
+
+inline FilterLogits filter_logits(uintptr_t logits, uintptr_t out, uintptr_t undecided, int64_t B, int64_t n, int64_t V,
+                                  int64_t stride_b, int64_t stride_n, int64_t top_k, double guidance, double top_p,
+                                  int dtype, bool guided) {
+  return {Pointer{logits}, Pointer{out}, Pointer{undecided}, B, n, V, stride_b, stride_n, top_k, guidance, top_p, dtype,
+          guided};
+}
+
+constexpr const char* kFilterLogits =
+    "filter_logits(logits, out, undecided, B, n, V, stride_b, stride_n, top_k, guidance, top_p, dtype, guided)\n\n"
+    "logits (B, n, V) strided or, guided, (2B, n, V); out (B, n, V) float32 contiguous, undecided (B * n) bool: rows\n"
+    "left to PyTorch and not written.";
 
 template <typename T>
 struct FromPython {

@@ -152,6 +152,32 @@ struct CachedAttention {
   double softmax_scale;
 };
 
+// What the CPU writes instead of a token: PyTorch's rounding decides; NaN, +inf, or nothing but -inf in the row.
+enum : int64_t { kUndecided = -1, kNoDistribution = -2 };
+
+// One token a row: argmax of p / noise, p the softmax of the guided logits that top-k and top-p keep. float32.
+struct SampleTokens {
+  const void* logits;  // (B, n, V) dtype, last axis contiguous; guided: (2B, n, V), conditional rows first
+  const float* noise;  // (B * n, V) contiguous, positive
+  int64_t* tokens;     // (B * n)
+  int64_t* status;     // (2): how many rows are undecided and without distribution; not on CUDA, where none is
+  int64_t B, n, V, stride_b, stride_n, top_k;  // top_k = 0: off
+  double guidance, top_p;                      // guided: (1 + guidance) * cond - guidance * uncond; top_p = 0: off
+  int dtype;
+  bool guided;
+};
+
+// The guided logits of the same rows, -inf where top-k and top-p exclude them. float32.
+struct FilterLogits {
+  const void* logits;  // as in SampleTokens, and so are the others
+  float* out;          // (B, n, V) contiguous; undecided rows are not written
+  bool* undecided;     // (B * n): PyTorch's rounding decides what is excluded, or the row has no distribution
+  int64_t B, n, V, stride_b, stride_n, top_k;
+  double guidance, top_p;
+  int dtype;
+  bool guided;
+};
+
 namespace cpu {
 #define VARKERN_CPU_OP(name, Args) const char* name(const Args& args);
 #include "cpu/ops.def"
@@ -169,6 +195,9 @@ const char* modulated_layer_norm_forward(const ModulatedLayerNormForward& args, 
 // consecutive rows each.
 const char* modulated_layer_norm_backward(const ModulatedLayerNormBackward& args, float* workspace, int64_t chunks,
                                           void* stream);
+
+// A row without distribution gives token 0. Equal logits at the border of top-p stay from the last index down.
+const char* sample_tokens(const SampleTokens& args, void* stream);
 
 // CUDA version the installed driver supports (13000 = 13.0); 0 without a driver.
 int driver_version();

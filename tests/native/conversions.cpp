@@ -1,5 +1,6 @@
-// Exposes the conversions of csrc/common/dtype.h and csrc/cpu/vector.h to test_native.py, as compiled for one level.
-#include "cpu/vector.h"
+// Exposes the conversions of csrc/common/dtype.h and csrc/cpu/vector.h, and csrc/cpu/exponential.h, to test_native.py,
+// as compiled for one level.
+#include "cpu/exponential.h"
 
 using namespace varkern;
 
@@ -29,10 +30,17 @@ void narrow_scalar(const float* in, T* out, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] = From<T>::value(in[i]);
 }
 
+void exponentials(const float* in, float* out, int64_t n) {
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) store(out + i, exponential(load(in + i)));
+  if (i < n) store(out + i, exponential(load(in + i, n - i)), n - i);
+}
+
 }  // namespace
 
 extern "C" {
 int width() { return kWidth; }
+void exponential_all(const void* in, void* out, int64_t n) { exponentials((const float*)in, (float*)out, n); }
 void widen_float16(const void* in, float* out, int64_t n) { widen((const float16*)in, out, n); }
 void widen_bfloat16(const void* in, float* out, int64_t n) { widen((const bfloat16*)in, out, n); }
 void narrow_float16(const float* in, void* out, int64_t n) { narrow_all(in, (float16*)out, n); }

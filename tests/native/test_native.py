@@ -1,4 +1,4 @@
-"""csrc/ on its own: the conversions bit for bit, and the template operation at every SIMD level and under emulation."""
+"""csrc/ on its own: the conversions bit for bit, and kernels at every SIMD level and under emulation."""
 
 import ctypes
 import functools
@@ -19,8 +19,11 @@ LEVELS = ["baseline", "avx2", "avx512"] if X86 else ["baseline"]
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def run_check(target: str, **environment: str) -> str:
-    command = [sys.executable, str(toolchain.NATIVE / "norm_check.py"), target]
+CHECKS = ["norm_check.py", "sampling_check.py"]
+
+
+def run_check(script: str, target: str, **environment: str) -> str:
+    command = [sys.executable, str(toolchain.NATIVE / script), target]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -91,11 +94,21 @@ def test_floats_round_to_the_nearest_even_half(conversions: ctypes.CDLL, name: s
     assert torch.equal(ours[~nan].view(torch.int16), expected[~nan].view(torch.int16))
 
 
+def test_exponential_is_within_its_bound(conversions: ctypes.CDLL) -> None:
+    x = torch.cat(
+        [torch.linspace(-87, 87, 2_000_003), torch.linspace(-1e-3, 1e-3, 10_001), -torch.logspace(-45, 0, 999)]
+    )
+    got = call(conversions.exponential_all, x, torch.empty_like(x)).double()
+    error = (got / x.double().exp() - 1).abs().max().item()
+    assert error <= 4 * 2.0**-24
+
+
+@pytest.mark.parametrize("script", CHECKS)
 @pytest.mark.parametrize("level", LEVELS)
-def test_modulated_layer_norm_at_every_level(level: str) -> None:
+def test_kernels_at_every_level(level: str, script: str) -> None:
     if level not in runnable_levels():
         pytest.skip(f"this processor does not run {level}")
-    assert run_check("cpu", VARKERN_SIMD=level) == level
+    assert run_check(script, "cpu", VARKERN_SIMD=level) == level
 
 
 def test_an_unknown_simd_level_is_refused() -> None:
@@ -120,11 +133,13 @@ def test_cuda_kernels_under_emulation(tmp_path: Path) -> None:
     objects = [toolchain.emulated(source, flags, tmp_path / f"{source.stem}.o") for source in sources]
     module = tmp_path / "_C_cuda.so"
     toolchain.run([compiler, "-shared", *objects, toolchain.emulated_runtime(tmp_path), "-o", module])
-    assert run_check(str(module)) == "cuda ['emulation']"
+    for script in CHECKS:
+        assert run_check(script, str(module)) == "cuda ['emulation']"
 
 
 @pytest.mark.gpu
-def test_cuda_kernels_on_the_device() -> None:
+@pytest.mark.parametrize("script", CHECKS)
+def test_cuda_kernels_on_the_device(script: str) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    assert run_check("cuda").startswith("cuda ")
+    assert run_check(script, "cuda").startswith("cuda ")

@@ -19,6 +19,7 @@ from varkern.ops.quantize import (
     residual_quantize_train,
     teacher_forcing_input,
 )
+from varkern.ops.sampling import filter_logits, sample_tokens
 
 __all__ = [
     "block_causal_attention",
@@ -29,6 +30,7 @@ __all__ = [
     "cached_attention_reference",
     "current_backend",
     "explain",
+    "filter_logits",
     "modulated_layer_norm",
     "modulated_layer_norm_reference",
     "next_scale_input",
@@ -36,6 +38,7 @@ __all__ = [
     "residual_dequantize",
     "residual_quantize",
     "residual_quantize_train",
+    "sample_tokens",
     "teacher_forcing_input",
     "use_backend",
 ]

@@ -1,7 +1,43 @@
-"""Drawing tokens from logits: classifier-free guidance, top-k, top-p, the draw, and the smooth relaxation."""
+"""Drawing tokens from logits: classifier-free guidance, top-k, top-p, the draw, and the smooth relaxation.
+
+A draw of one sample is ``argmax(p / q)`` with q ~ Exponential(1): so ``torch.multinomial`` computes it. With q drawn by
+PyTorch's generator, a seed gives the same tokens whatever computes the rest.
+"""
+
+from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
+
+from varkern.ops._library import (
+    DTYPE_CODES,
+    Op,
+    cpu_why_not,
+    cuda_why_not,
+    current_backend,
+    dense_last_axis,
+    device_guard,
+    dtype_why_not,
+    extension,
+    fake,
+    impl,
+    library,
+    stream,
+)
+
+__all__ = [
+    "draw_noise",
+    "filter_logits",
+    "filter_logits_reference_",
+    "guided_logits_reference",
+    "sample_tokens",
+    "sample_tokens_reference",
+    "smooth_codes_reference",
+]
+
+_MAX_V = 1 << 24  # as many categories as torch.multinomial takes
 
 
 def guided_logits_reference(logits: Tensor, guidance: float) -> Tensor:
@@ -48,3 +84,216 @@ def smooth_codes_reference(
     tau = max(0.27 * (1 - ratio * 0.95), 0.005)
     gumbel = -torch.empty_like(logits, memory_format=torch.contiguous_format).exponential_(generator=generator).log()
     return ((logits * (1 + ratio) + gumbel) / tau).softmax(dim=-1) @ codebook
+
+
+def draw_noise(rows: int, V: int, device: torch.device | str, generator: torch.Generator | None = None) -> Tensor:
+    """Exponential(1) noise (rows, V) float32: what ``torch.multinomial`` draws inside for one sample a row."""
+    return torch.empty(rows, V, dtype=torch.float32, device=device).exponential_(1, generator=generator)
+
+
+def sample_tokens(
+    logits: Tensor,
+    noise: Tensor | torch.Generator | None = None,
+    guidance: float | None = None,
+    top_k: int = 0,
+    top_p: float = 0.0,
+) -> Tensor:
+    """Guidance, top-k, top-p, softmax and one categorical draw a row, without a sort or an intermediate (rows, V).
+
+    Args:
+        logits: (B, n, V), or with ``guidance`` (2B, n, V), conditional rows first; float32, float16 or bfloat16, all
+            computed in float32. Any strides of the first two axes; a strided last axis is copied first. -inf excludes.
+        noise: Exponential(1) noise (B * n, V) float32 from ``draw_noise``, or the generator to draw it with, or
+            ``None`` for the global one. Positive.
+        guidance: t in ``(1 + t) * cond - t * uncond`` (classifier-free guidance, arXiv 2207.12598), or ``None``.
+        top_k: keep the logits not below the k-th largest, so equal ones too; 0 keeps all.
+        top_p: then drop, in ascending order, the tail whose cumulated probability is at most ``1 - top_p``; the largest
+            always stays (nucleus sampling, arXiv 1904.09751); 0 drops none.
+
+    Returns:
+        (B, n) int64, equivalent to
+
+        >>> logits = filter_logits_reference_(guided_logits_reference(logits.float(), guidance), top_k, top_p)
+        >>> tokens = sample_tokens_reference(logits, generator)
+
+        On the CPU the tokens are the same: where rounding could decide, PyTorch does. On CUDA sums are added in another
+        order, so a token may differ where two codes are equally likely within rounding. There is no gradient.
+
+    Raises ``ValueError`` for shapes, dtypes, devices and parameters that do not fit, and ``RuntimeError`` where a row
+    has no distribution (NaN, +inf, or -inf alone), as ``torch.multinomial`` does. Only the CPU looks: on CUDA, where
+    looking would wait for the device, such a row gives some token in [0, V).
+    """
+    _check_parameters(logits, guidance, top_k, top_p)
+    if not isinstance(noise, Tensor):
+        B, n, V = _shape(logits, guidance)
+        noise = draw_noise(B * n, V, logits.device, noise)
+    return torch.ops.varkern.sample_tokens(logits.detach(), noise, guidance, top_k, top_p, current_backend())
+
+
+def filter_logits(logits: Tensor, guidance: float | None = None, top_k: int = 0, top_p: float = 0.0) -> Tensor:
+    """The guided logits, -inf where top-k and top-p exclude them: what ``sample_tokens`` draws from.
+
+    For what needs the distribution itself, as ``smooth_codes_reference`` does. Arguments and ``ValueError`` as in
+    ``sample_tokens``. Returns (B, n, V) float32, on the CPU bit for bit
+
+    >>> filter_logits_reference_(guided_logits_reference(logits.float(), guidance), top_k, top_p)
+
+    without its sort; on other devices that itself. NaN is passed on. There is no gradient.
+    """
+    _check_parameters(logits, guidance, top_k, top_p)
+    return torch.ops.varkern.filter_logits(logits.detach(), guidance, top_k, top_p, current_backend())
+
+
+def _shape(logits: Tensor, guidance: float | None) -> tuple[int, int, int]:
+    """B, n and V."""
+    B, n, V = logits.shape
+    return B if guidance is None else B // 2, n, V
+
+
+def _check_parameters(logits: Tensor, guidance: float | None, top_k: int, top_p: float) -> None:
+    if logits.dim() != 3 or not 0 < logits.shape[2] <= _MAX_V:
+        raise ValueError(
+            f"token sampling: logits have shape {tuple(logits.shape)}, give (B, n, V) with V from 1 to {_MAX_V}."
+        )
+    if not logits.is_floating_point():
+        raise ValueError(f"token sampling: logits are {logits.dtype}, give a floating-point tensor.")
+    if guidance is not None and not math.isfinite(guidance):
+        raise ValueError(f"token sampling: guidance is {guidance}, give a finite number, or None to use all rows.")
+    if guidance is not None and logits.shape[0] % 2:
+        raise ValueError(
+            f"token sampling: logits have shape {tuple(logits.shape)}, with guidance give (2B, n, V), the conditional "
+            "rows first."
+        )
+    if not 0 <= top_k <= logits.shape[2]:
+        raise ValueError(f"token sampling: top_k is {top_k}, give an integer in [0, {logits.shape[2]}] (0: off).")
+    if not 0.0 <= top_p <= 1.0:
+        raise ValueError(f"token sampling: top_p is {top_p}, give a number in [0, 1] (0: off).")
+
+
+def _check_noise(logits: Tensor, noise: Tensor, guidance: float | None) -> None:
+    B, n, V = _shape(logits, guidance)
+    if noise.shape != (B * n, V) or noise.dtype != torch.float32:
+        raise ValueError(
+            f"sample_tokens: noise is {noise.dtype} {tuple(noise.shape)}, give torch.float32 {(B * n, V)} for logits "
+            f"of shape {tuple(logits.shape)} {'without' if guidance is None else 'with'} guidance."
+        )
+    if noise.device != logits.device:
+        raise ValueError(f"sample_tokens: noise is on {noise.device} and logits on {logits.device}, use one device.")
+
+
+def _raise_without_distribution(row: int, n: int) -> None:
+    raise RuntimeError(
+        f"sample_tokens: the logits of batch row {row // n}, position {row % n} have no distribution to draw from: "
+        "NaN, +inf, or -inf alone. Look for an overflow in what computes them."
+    )
+
+
+def _filter_reference(logits: Tensor, guidance: float | None, top_k: int, top_p: float) -> Tensor:
+    """The reference ops: (B, n, V) float32."""
+    logits = logits.to(torch.float32, copy=guidance is None)  # the filter works in place
+    if guidance is not None:
+        logits = guided_logits_reference(logits, guidance)
+    return filter_logits_reference_(logits, top_k, top_p)
+
+
+def _draw_reference(logits: Tensor, noise: Tensor, guidance: float | None, top_k: int, top_p: float) -> Tensor:
+    """The reference ops with noise that has been drawn; (B, n) int64."""
+    p = _filter_reference(logits, guidance, top_k, top_p).softmax(dim=-1)
+    if p.device.type == "cpu" and bool((nan := p.amax(dim=-1).isnan().view(-1)).any()):
+        _raise_without_distribution(int(nan.nonzero()[0]), p.shape[1])
+    return (p / noise.view(p.shape)).argmax(dim=-1)
+
+
+def _rows(logits: Tensor, guidance: float | None, rows: Tensor) -> Tensor:
+    """What the given rows of the result are made of: (rows, 1, V), or with guidance (2 * rows, 1, V)."""
+    B, n, _ = _shape(logits, guidance)
+    b, i = rows // n, rows % n
+    chosen = logits[b, i] if guidance is None else torch.cat((logits[b, i], logits[b + B, i]))
+    return chosen.unsqueeze(1)
+
+
+def _why_not_cuda(logits: Tensor, *_: object) -> str | None:
+    return cuda_why_not(logits) or dtype_why_not(logits)
+
+
+def _why_not_cpu(logits: Tensor, *_: object) -> str | None:
+    return cpu_why_not(logits) or dtype_why_not(logits)
+
+
+def _example(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    return torch.zeros(2, 4, 64, device=device, dtype=dtype), torch.ones(4, 64, device=device)
+
+
+_OP = Op("sample_tokens", {"cuda": _why_not_cuda, "cpu": _why_not_cpu}, _example)
+_FILTER_OP = Op("filter_logits", {"cpu": _why_not_cpu}, lambda device, dtype: _example(device, dtype)[:1])
+
+library.define(
+    "sample_tokens(Tensor logits, Tensor noise, float? guidance, int top_k, float top_p, str? backend) -> Tensor"
+)
+library.define("filter_logits(Tensor logits, float? guidance, int top_k, float top_p, str? backend) -> Tensor")
+
+
+@impl("sample_tokens")
+def _sample_tokens(
+    logits: Tensor, noise: Tensor, guidance: float | None, top_k: int, top_p: float, backend: str | None
+) -> Tensor:
+    _check_parameters(logits, guidance, top_k, top_p)
+    _check_noise(logits, noise, guidance)
+    backend = _OP.choose(backend, logits.device.type, logits)
+    B, n, V = _shape(logits, guidance)
+    if B * n == 0:
+        return logits.new_empty((B, n), dtype=torch.int64)
+    if backend == "reference":
+        return _draw_reference(logits, noise, guidance, top_k, top_p)
+
+    logits, noise = dense_last_axis(logits), noise.contiguous()
+    tokens = logits.new_empty((B, n), dtype=torch.int64)
+    status = torch.zeros(2, dtype=torch.int64)  # filled on the CPU alone
+    with device_guard(logits):
+        extension(backend).sample_tokens(
+            *(logits.data_ptr(), noise.data_ptr(), tokens.data_ptr(), status.data_ptr(), B, n, V),
+            *(logits.stride(0), logits.stride(1), top_k, guidance or 0.0, top_p),
+            *(DTYPE_CODES[logits.dtype], guidance is not None),
+            *stream(logits),
+        )
+    undecided, without_distribution = status.tolist()
+    if without_distribution:
+        _raise_without_distribution(int((tokens.view(-1) == -2).nonzero()[0]), n)
+    if undecided:
+        rows = (tokens.view(-1) < 0).nonzero().view(-1)
+        drawn = _draw_reference(_rows(logits, guidance, rows), noise[rows], guidance, top_k, top_p)
+        tokens.view(-1)[rows] = drawn.view(-1)
+    return tokens
+
+
+@fake("sample_tokens")
+def _fake(
+    logits: Tensor, noise: Tensor, guidance: float | None, top_k: int, top_p: float, backend: str | None
+) -> Tensor:
+    _check_parameters(logits, guidance, top_k, top_p)
+    _check_noise(logits, noise, guidance)
+    return logits.new_empty(_shape(logits, guidance)[:2], dtype=torch.int64)
+
+
+@impl("filter_logits")
+def _filter_logits(logits: Tensor, guidance: float | None, top_k: int, top_p: float, backend: str | None) -> Tensor:
+    _check_parameters(logits, guidance, top_k, top_p)
+    backend = _FILTER_OP.choose(backend, logits.device.type, logits)
+    if backend == "reference" or logits.numel() == 0:
+        return _filter_reference(logits, guidance, top_k, top_p)
+    logits = dense_last_axis(logits)
+    B, n, V = _shape(logits, guidance)
+    out, undecided = torch.empty(B, n, V), torch.empty(B * n, dtype=torch.bool)
+    extension(backend).filter_logits(
+        *(logits.data_ptr(), out.data_ptr(), undecided.data_ptr(), B, n, V, logits.stride(0), logits.stride(1)),
+        *(top_k, guidance or 0.0, top_p, DTYPE_CODES[logits.dtype], guidance is not None),
+    )
+    if (rows := undecided.nonzero().view(-1)).numel():
+        out.view(B * n, V)[rows] = _filter_reference(_rows(logits, guidance, rows), guidance, top_k, top_p).squeeze(1)
+    return out
+
+
+@fake("filter_logits")
+def _fake_filter(logits: Tensor, guidance: float | None, top_k: int, top_p: float, backend: str | None) -> Tensor:
+    _check_parameters(logits, guidance, top_k, top_p)
+    return logits.new_empty(_shape(logits, guidance), dtype=torch.float32)
