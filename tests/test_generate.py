@@ -50,7 +50,7 @@ def test_caches_are_dropped_even_after_an_error(var, monkeypatch) -> None:
 
     with monkeypatch.context() as patch:
         patch.setattr(sampling, "sample_tokens_reference", fail)
-        with pytest.raises(RuntimeError, match="interrupted"):
+        with varkern.use_backend("reference"), pytest.raises(RuntimeError, match="interrupted"):
             var.autoregressive_infer_cfg(1, 0, g_seed=0)
     assert all(block.attn.cached_k is None and not block.attn.caching for block in var.blocks)
     assert var.autoregressive_infer_cfg(1, 0, g_seed=0).shape == (1, 3, 128, 128)

@@ -8,7 +8,7 @@
 # torch is imported first, by every submodule below: its OpenMP runtime then also serves the extension.
 from varkern import edit
 from varkern._version import __version__
-from varkern.engine import Generation, generate
+from varkern.engine import Generation, generate, generate_scales
 from varkern.models import VAR, VARHF, VQVAE, CheckpointError, VectorQuantizer2, build_vae_var, load
 from varkern.ops import block_causal_attention, current_backend, modulated_layer_norm, use_backend
 
@@ -25,6 +25,7 @@ __all__ = [
     "current_backend",
     "edit",
     "generate",
+    "generate_scales",
     "load",
     "modulated_layer_norm",
     "use_backend",

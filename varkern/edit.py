@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from varkern.engine.generate import Generation, Keep, generate
+from varkern.engine import Generation, Keep, generate
 from varkern.models.var import VAR
 
 Box = tuple[float, float, float, float]

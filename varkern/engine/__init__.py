@@ -1,5 +1,6 @@
 """Whole-image generation."""
 
-from varkern.engine.generate import Generation, Keep, generate
+from varkern.engine.generate import ScaleImages, generate, generate_scales
+from varkern.engine.options import Generation, Keep
 
-__all__ = ["Generation", "Keep", "generate"]
+__all__ = ["Generation", "Keep", "ScaleImages", "generate", "generate_scales"]

@@ -19,6 +19,20 @@ def check_sampling(vocab_size: int, cfg: float, top_k: int, top_p: float) -> Non
         raise ValueError(f"top_p must be in [0, 1] (0: off), got {top_p}")
 
 
+def check_batch(name: str, batch: int) -> None:
+    """Raises ValueError unless it is a positive integer."""
+    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
+        raise ValueError(f"{name} must be a positive integer, got {batch!r}")
+
+
+def check_seeds(batch: int, seeds: Sequence[int]) -> list[int]:
+    """A seed an image; raises ValueError for another number of them, or anything but integers."""
+    seeds = list(seeds)
+    if len(seeds) != batch or not all(isinstance(seed, int) and not isinstance(seed, bool) for seed in seeds):
+        raise ValueError(f"give one integer seed, or one for each of the {batch} images; got {seeds!r}")
+    return seeds
+
+
 def check_labels(var: VAR, batch: int, labels: int | Sequence[int] | Tensor | None) -> Tensor | None:
     """Labels (B,) int64 on the model's device, or None where they are to be drawn.
 
@@ -26,8 +40,7 @@ def check_labels(var: VAR, batch: int, labels: int | Sequence[int] | Tensor | No
     than B integers in [0, num_classes].
     """
     device = var.lvl_1L.device
-    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
-        raise ValueError(f"the batch size B must be a positive integer, got {batch!r}")
+    check_batch("the batch size B", batch)
     if labels is None:
         return None
     if isinstance(labels, int):

@@ -1,141 +1,184 @@
-"""Whole-image generation: all scales, sampling and the decoder."""
+"""Whole-image generation: `generate` a batch, or `generate_scales`, which shows every scale of it."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import cast
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from varkern.engine.arguments import check_labels, check_model, check_sampling, draw_labels
-from varkern.models.blocks import AdaLNSelfAttn
+from varkern.engine.arguments import check_batch, check_labels, check_model, check_sampling, check_seeds
+from varkern.engine.cached import cached_scales
+from varkern.engine.noise import BatchNoise, ImageNoise
+from varkern.engine.options import Generation, Keep, Options, ScaleStep
+from varkern.engine.reference import reference_scales
 from varkern.models.var import VAR
 from varkern.ops import current_backend, use_backend
-from varkern.ops import sampling as ops
 
 
 @dataclass(frozen=True)
-class Keep:
-    """What zero-shot editing keeps of an image.
+class ScaleImages:
+    """What `generate_scales` yields: the scale from 0, its tokens (B, n_k), and the images after it, in [0, 1]."""
 
-    tokens: the image's indices (B, n_k) of each scale. mask: (p_K, p_K) or (B, p_K, p_K), 1 where it is kept.
-    """
-
-    tokens: Sequence[Tensor]
-    mask: Tensor
-
-    def embeddings(self, k: int, h_BChw: Tensor, codebook: Tensor) -> Tensor:
-        """The drawn embeddings (B, Cv, p, p) of scale k, replaced by the image's where the resized mask > 0.5.
-
-        Up to three tokens a map (the first scales) are always the image's: they set its overall look.
-        """
-        p = h_BChw.shape[-1]
-        image = F.embedding(self.tokens[k], codebook).transpose(1, 2).reshape(h_BChw.shape)
-        if p * p <= 3:
-            return image
-        mask = self.mask.to(h_BChw.dtype).expand(h_BChw.shape[0], *self.mask.shape[-2:]).unsqueeze(1)
-        keep = F.interpolate(mask, size=(p, p), mode="bilinear", align_corners=False) > 0.5
-        return torch.where(keep, image, h_BChw)
-
-
-@dataclass(frozen=True)
-class Generation:
-    """images: (B, in_channels, H, W) in [0, 1]. tokens: the drawn indices (B, n_k) int64 of each scale."""
-
+    scale: int
+    tokens: Tensor
     images: Tensor
-    tokens: list[Tensor]
 
 
 def generate(
     var: VAR,
     batch: int,
     labels: int | Sequence[int] | Tensor | None,
-    seed: int | None = None,
+    seed: int | Sequence[int] | None = None,
     *,
     cfg: float = 1.5,
     top_k: int = 0,
     top_p: float = 0.0,
     more_smooth: bool = False,
     keep: Keep | None = None,
+    max_batch: int | None = None,
 ) -> Generation:
-    """Generate a batch of images; see `VAR.autoregressive_infer_cfg` for the arguments and errors.
+    """Generate a batch of images; see `VAR.autoregressive_infer_cfg` for what is not said here.
 
-    ``keep`` holds fixed a part of given images (zero-shot editing, arXiv 2404.02905 section 5.3). With it, or with
-    ``more_smooth``, the image is not made of the drawn tokens alone. ``more_smooth`` in float32 runs the reference ops
-    unless a backend is asked for.
+    Args:
+        seed: one seed for the batch, as the published model draws; or one for each image, which then does not depend
+            on the others or on their number; or None, the global generator.
+        keep: what of given images is held fixed (zero-shot editing, arXiv 2404.02905 section 5.3). With it, or with
+            ``more_smooth``, the image is not made of the drawn tokens alone.
+        max_batch: images computed at a time, with the same tokens. None: all, and on a device without memory for them
+            half as many, until they fit.
+
+    ``more_smooth`` in float32 runs the reference ops unless a backend is asked for. Two threads may generate with one
+    model, unless ``varkern.use_backend("reference")`` is in force, which keeps caches in the modules. Raises ValueError
+    for arguments outside their domain before anything is drawn, torch.OutOfMemoryError where one image does not fit.
     """
-    check_model(var)
-    check_sampling(var.V, cfg, top_k, top_p)
-    label_B = check_labels(var, batch, labels)
-    generator: torch.Generator | None = None
-    if seed is not None:
-        generator = var.rng
-        generator.manual_seed(seed)
-    backend = current_backend()
-    if more_smooth and backend is None and var.head.weight.dtype == torch.float32:
-        # The mixture of codes amplifies every rounding by up to 1 / tau = 74, over all scales: only the published
-        # order of operations gives the published image within 1e-3.
-        backend = "reference"
-    with torch.no_grad(), use_backend(backend):
-        if label_B is None:
-            label_B = draw_labels(var, batch, generator)
-        f_hat, tokens = _generate_reference(var, label_B, generator, cfg, top_k, top_p, more_smooth, keep)
-        images = var.vae_proxy[0].fhat_to_img(f_hat).add_(1).mul_(0.5)
-    return Generation(images, tokens)
+    request = _Request.checked(var, batch, labels, seed, Options(cfg, top_k, top_p, more_smooth, keep), max_batch)
+    with torch.no_grad(), use_backend(request.backend):
+        if request.backend == "reference":
+            return request.reference()
+        label_B = request.labels if request.labels is not None else request.noise.labels(var)
+        size = batch if max_batch is None else min(batch, max_batch)
+        while True:
+            # Parts draw from copies of the generators: what fails for lack of memory has drawn nothing.
+            with contextlib.suppress(torch.OutOfMemoryError):
+                return request.in_parts(label_B, size)
+            if size == 1 or max_batch is not None:
+                raise torch.OutOfMemoryError(
+                    f"there is no memory to generate {size} image{'s' * (size > 1)} at a time; the model is unchanged. "
+                    "Free memory, give a smaller max_batch, or use a 16-bit model or autocast"
+                )
+            size = (size + 1) // 2
+            torch.cuda.empty_cache()
 
 
-def _generate_reference(
+def generate_scales(
     var: VAR,
-    label_B: Tensor,
-    generator: torch.Generator | None,
-    cfg: float,
-    top_k: int,
-    top_p: float,
-    more_smooth: bool,
-    keep: Keep | None,
-) -> tuple[Tensor, list[Tensor]]:
-    """The published algorithm step for step: f_hat (B, Cv, p_K, p_K) float32 and the tokens of each scale.
+    batch: int,
+    labels: int | Sequence[int] | Tensor | None,
+    seed: int | Sequence[int] | None = None,
+    *,
+    cfg: float = 1.5,
+    top_k: int = 0,
+    top_p: float = 0.0,
+    more_smooth: bool = False,
+    keep: Keep | None = None,
+) -> Iterator[ScaleImages]:
+    """`generate`, yielding the images after each scale: coarse, then finer; the last are `generate`'s.
 
-    The batch is doubled (conditional rows, then "no class"), AdaLN is recomputed at each scale, caches grow by
-    concatenation. It is the oracle and the baseline of every faster path, and must not become faster itself.
+    Decoding every scale costs as much as the last one, so this takes longer than `generate`. Arguments are checked at
+    the call, not at the first step. A caller may stop at any scale.
     """
-    B, quantize = label_B.shape[0], var.vae_quant_proxy[0]
-    codebook = quantize.embedding.weight.float()
-    cond_BD = var.class_emb(torch.cat((label_B, torch.full_like(label_B, var.num_classes))))
-    lvl_pos = var.lvl_embed(var.lvl_1L) + var.pos_1LC
-    x = (
-        cond_BD.unsqueeze(1).expand(2 * B, var.first_l, -1)
-        + var.pos_start.expand(2 * B, var.first_l, -1)
-        + lvl_pos[:, : var.first_l]
-    )
-    f_hat = torch.zeros(B, var.Cvae, var.patch_nums[-1], var.patch_nums[-1], device=x.device)
-    blocks = cast("list[AdaLNSelfAttn]", list(var.blocks))
-    tokens: list[Tensor] = []
-    try:
-        for block in blocks:
-            block.attn.kv_caching(True)
-        for k, p in enumerate(var.patch_nums):
-            ratio = k / var.num_stages_minus_1
-            cond_BD_or_gss = var.shared_ada_lin(cond_BD)
-            for block in blocks:
-                x = block(x=x, cond_BD=cond_BD_or_gss, attn_bias=None)
-            logits = ops.guided_logits_reference(var.get_logits(x, cond_BD), cfg * ratio)
-            logits = ops.filter_logits_reference_(logits, top_k, top_p)
-            tokens.append(ops.sample_tokens_reference(logits, generator))
-            if more_smooth:
-                h = ops.smooth_codes_reference(logits, codebook, ratio, generator)
-            else:
-                h = F.embedding(tokens[-1], codebook)
-            h = h.transpose(1, 2).reshape(B, var.Cvae, p, p)
-            if keep is not None:
-                h = keep.embeddings(k, h, codebook)
-            f_hat, following = quantize.get_next_autoregressive_input(k, len(var.patch_nums), f_hat, h)
-            if k != var.num_stages_minus_1:
-                begin, end = var.begin_ends[k + 1]
-                words = following.flatten(2).transpose(1, 2).to(var.word_embed.weight.dtype)
-                x = (var.word_embed(words) + lvl_pos[:, begin:end]).repeat(2, 1, 1)
-    finally:
-        for block in blocks:
-            block.attn.kv_caching(False)
-    return f_hat, tokens
+    request = _Request.checked(var, batch, labels, seed, Options(cfg, top_k, top_p, more_smooth, keep), None)
+    return request.stream()
+
+
+@dataclass(frozen=True)
+class _Request:
+    """A checked call of `generate`."""
+
+    var: VAR
+    batch: int
+    labels: Tensor | None
+    noise: BatchNoise | ImageNoise
+    options: Options
+    backend: str | None
+
+    @classmethod
+    def checked(
+        cls,
+        var: VAR,
+        batch: int,
+        labels: int | Sequence[int] | Tensor | None,
+        seed: int | Sequence[int] | None,
+        options: Options,
+        max_batch: int | None,
+    ) -> _Request:
+        check_model(var)
+        check_sampling(var.V, options.cfg, options.top_k, options.top_p)
+        label_B = check_labels(var, batch, labels)
+        check_batch("max_batch", 1 if max_batch is None else max_batch)
+        backend, device = current_backend(), var.lvl_1L.device
+        if options.more_smooth and backend is None and var.head.weight.dtype == torch.float32:
+            # The mixture of codes amplifies every rounding by up to 1 / tau = 74, over all scales: only the published
+            # order of operations gives the published image within 1e-3.
+            backend = "reference"
+        noise: BatchNoise | ImageNoise
+        if seed is None or isinstance(seed, int):
+            generator = None if seed is None else torch.Generator(device=device).manual_seed(seed)
+            noise = BatchNoise(batch, device, generator)
+        else:
+            noise = ImageNoise(check_seeds(batch, seed), device)
+            if backend == "reference":
+                raise ValueError(
+                    "a seed for each image needs the engine: give one seed, or leave the reference backend"
+                    + (" (float32 more_smooth runs on it; name another by use_backend)" if options.more_smooth else "")
+                )
+        return cls(var, batch, label_B, noise, options, backend)
+
+    def images(self, f_hat: Tensor) -> Tensor:
+        return self.var.vae_proxy[0].fhat_to_img(f_hat).add_(1).mul_(0.5)
+
+    def reference(self) -> Generation:
+        steps = list(self.steps())
+        return Generation(self.images(steps[-1].f_hat), [step.tokens for step in steps])
+
+    def in_parts(self, label_B: Tensor, size: int) -> Generation:
+        """The batch, ``size`` images at a time."""
+        parts = []
+        for begin in range(0, self.batch, size):
+            end = min(begin + size, self.batch)
+            keep = self.options.keep
+            options = replace(self.options, keep=None if keep is None else keep.part(begin, end))
+            noise = self.noise.part(begin, end)
+            steps = list(cached_scales(self.var, label_B[begin:end], noise, options))
+            parts.append(Generation(self.images(steps[-1].f_hat), [step.tokens for step in steps]))
+        noise.finish()
+        if len(parts) == 1:
+            return parts[0]
+        tokens = [torch.cat(maps) for maps in zip(*(part.tokens for part in parts), strict=True)]
+        return Generation(torch.cat([part.images for part in parts]), tokens)
+
+    def steps(self) -> Iterator[ScaleStep]:
+        label_B = self.labels if self.labels is not None else self.noise.labels(self.var)
+        if self.backend == "reference":
+            assert isinstance(self.noise, BatchNoise)
+            return reference_scales(self.var, label_B, self.noise.generator, self.options)
+        return cached_scales(self.var, label_B, self.noise, self.options)
+
+    def stream(self) -> Iterator[ScaleImages]:
+        # Neither no_grad nor the backend may leak into the caller between two steps.
+        steps: Iterator[ScaleStep] | None = None
+        try:
+            while True:
+                with torch.no_grad(), use_backend(self.backend):
+                    steps = self.steps() if steps is None else steps
+                    step = next(steps, None)
+                    if step is None:
+                        return
+                    images = self.images(step.f_hat)
+                yield ScaleImages(step.scale, step.tokens, images)
+        finally:
+            if steps is not None and hasattr(steps, "close"):
+                steps.close()

@@ -10,6 +10,7 @@ from varkern.ops import reference_forced
 from varkern.ops.attention import BlockCausal, block_causal_attention_qkv
 from varkern.ops.attention_peers import peer_attention
 from varkern.ops.attention_reference import attention_reference, normalize_qk_reference
+from varkern.ops.decode import cached_attention
 from varkern.ops.norm import modulated_layer_norm
 
 
@@ -42,6 +43,25 @@ class FFN(nn.Module):
         return self.drop(self.fc2(self.act(self.fc1(x))))
 
 
+class KVCache:
+    """Keys and values of one block during one generation, for ``length`` positions; a step appends its own.
+
+    The memory is taken at the first step, when batch and dtype are known (under autocast they are not the weights').
+    """
+
+    def __init__(self, length: int) -> None:
+        self.length, self.position = length, 0
+        self.tensor: Tensor | None = None  # (2, B, H, length, D)
+
+    def append(self, qkv: Tensor) -> tuple[Tensor, int]:
+        """The tensor and the position at which the n new tokens of qkv (B, n, 3, H, D) go; moves on past them."""
+        B, n, _, H, D = qkv.shape
+        if self.tensor is None:
+            self.tensor = qkv.new_empty((2, B, H, self.length, D))
+        begin, self.position = self.position, self.position + n
+        return self.tensor, begin
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention; while `kv_caching` is on, each call appends its keys and values to a cache."""
 
@@ -69,11 +89,17 @@ class SelfAttention(nn.Module):
         """Start an empty cache, or drop it."""
         self.caching, self.cached_k, self.cached_v = enable, None, None
 
-    def forward(self, x: Tensor, attn_bias: Tensor | BlockCausal | None) -> Tensor:
-        """x (B, n, C) -> (B, n, C); attn_bias: what is added to the scores, (1, 1, n, N), or who sees whom, or None."""
+    def forward(self, x: Tensor, attn_bias: Tensor | BlockCausal | KVCache | None) -> Tensor:
+        """x (B, n, C) -> (B, n, C); attn_bias: what is added to the scores, (1, 1, n, N), or who sees whom, or None.
+
+        With a `KVCache` the n positions see themselves and all that are in the cache, where they are appended.
+        """
         B, n, C = x.shape
         if isinstance(attn_bias, BlockCausal):
             out = self._block_causal(x, attn_bias)
+        elif isinstance(attn_bias, KVCache):
+            qkv = F.linear(x, self.mat_qkv.weight).view(B, n, 3, self.num_heads, self.head_dim)
+            out = cached_attention(qkv, *attn_bias.append(qkv), *self._prologue, self.scale)
         else:
             q, k, v = self._split(x)
             if self.caching:
@@ -82,6 +108,10 @@ class SelfAttention(nn.Module):
                 self.cached_k, self.cached_v = k, v
             out = attention_reference(q, k, v, attn_bias, self.scale, self._dropout).transpose(1, 2)
         return self.proj_drop(self.proj(out.reshape(B, n, C)))
+
+    @property
+    def _prologue(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        return self.q_bias, self.v_bias, self.scale_mul_1H11 if self.attn_l2_norm else None
 
     @property
     def _dropout(self) -> float:
@@ -108,8 +138,7 @@ class SelfAttention(nn.Module):
             q, k = q.to(v.dtype), k.to(v.dtype)
             return peer_attention(name, q, k, v, visible.lengths, self.scale, self._dropout).transpose(1, 2)
         qkv = F.linear(x, self.mat_qkv.weight).view(*x.shape[:2], 3, self.num_heads, self.head_dim)
-        log_scale = self.scale_mul_1H11 if self.attn_l2_norm else None
-        return block_causal_attention_qkv(qkv, self.q_bias, self.v_bias, log_scale, visible.lengths, self.scale)
+        return block_causal_attention_qkv(qkv, *self._prologue, visible.lengths, self.scale)
 
 
 class SharedAdaLin(nn.Linear):
@@ -151,10 +180,16 @@ class AdaLNSelfAttn(nn.Module):
 
     def forward(self, x: Tensor, cond_BD: Tensor, attn_bias: Tensor | BlockCausal | None) -> Tensor:
         """x (B, n, C); cond_BD (B, D), or with shared AdaLN the shared projection (B, 1, 6, C) -> (B, n, C)."""
+        return self.modulated(x, self.modulation(cond_BD), attn_bias)
+
+    def modulation(self, cond_BD: Tensor) -> Tensor:
+        """What the condition does to the block: gates, scales and shifts (B, 1, 6, C)."""
         if self.shared_aln:
-            modulation = self.ada_gss + cond_BD
-        else:
-            modulation = self.ada_lin(cond_BD).view(-1, 1, 6, self.C)
+            return self.ada_gss + cond_BD
+        return self.ada_lin(cond_BD).view(-1, 1, 6, self.C)
+
+    def modulated(self, x: Tensor, modulation: Tensor, attn_bias: Tensor | BlockCausal | KVCache | None) -> Tensor:
+        """`forward` with the modulation (B, 1, 6, C) computed before: it is the same for all scales of an image."""
         gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation.unbind(2)
         h = self.attn(modulated_layer_norm(x, scale1, shift1, self.norm_eps), attn_bias)
         x = x + self.drop_path(h.mul_(gamma1))
@@ -175,5 +210,12 @@ class AdaLNBeforeHead(nn.Module):
         return cast(nn.Linear, self.ada_lin[-1])
 
     def forward(self, x_BLC: Tensor, cond_BD: Tensor) -> Tensor:
-        scale, shift = self.ada_lin(cond_BD).view(-1, 1, 2, self.C).unbind(2)
+        return self.modulated(x_BLC, self.modulation(cond_BD))
+
+    def modulation(self, cond_BD: Tensor) -> Tensor:
+        """Scale and shift (B, 1, 2, C)."""
+        return self.ada_lin(cond_BD).view(-1, 1, 2, self.C)
+
+    def modulated(self, x_BLC: Tensor, modulation: Tensor) -> Tensor:
+        scale, shift = modulation.unbind(2)
         return modulated_layer_norm(x_BLC, scale, shift, self.norm_eps)

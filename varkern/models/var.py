@@ -262,7 +262,8 @@ class VAR(nn.Module):
             top_k, top_p: sampling filters, 0 = off.
             more_smooth: mix codes by Gumbel-softmax; for pictures, not for metrics.
 
-        Raises ValueError for values outside their domain, before anything is drawn.
+        Raises ValueError for values outside their domain, before anything is drawn. `varkern.generate` returns tokens
+        too and has more options.
         """
         from varkern.engine.generate import generate
 

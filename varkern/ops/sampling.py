@@ -75,15 +75,18 @@ def sample_tokens_reference(logits: Tensor, generator: torch.Generator | None = 
 
 
 def smooth_codes_reference(
-    logits: Tensor, codebook: Tensor, ratio: float, generator: torch.Generator | None = None
+    logits: Tensor, codebook: Tensor, ratio: float, noise: Tensor | torch.Generator | None = None
 ) -> Tensor:
     """``more_smooth``: a Gumbel-softmax mixture of codes in place of the drawn one (for pictures, not for metrics).
 
-    logits (B, n, V), codebook (V, Cv) -> (B, n, Cv). ``ratio`` is k / (K - 1); the temperature falls with it.
+    logits (B, n, V), codebook (V, Cv) -> (B, n, Cv). ``ratio`` is k / (K - 1); the temperature falls with it. ``noise``
+    as in ``sample_tokens``.
     """
     tau = max(0.27 * (1 - ratio * 0.95), 0.005)
-    gumbel = -torch.empty_like(logits, memory_format=torch.contiguous_format).exponential_(generator=generator).log()
-    return ((logits * (1 + ratio) + gumbel) / tau).softmax(dim=-1) @ codebook
+    if not isinstance(noise, Tensor):
+        B, n, V = logits.shape
+        noise = draw_noise(B * n, V, logits.device, noise)
+    return ((logits * (1 + ratio) - noise.view(logits.shape).log()) / tau).softmax(dim=-1) @ codebook
 
 
 def draw_noise(rows: int, V: int, device: torch.device | str, generator: torch.Generator | None = None) -> Tensor:

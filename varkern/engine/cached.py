@@ -1,0 +1,90 @@
+"""The engine: generation with everything computed once that is the same for all scales.
+
+Against the published order of operations (`varkern.engine.reference`): AdaLN's projections, a third of all weights, run
+once an image instead of once a scale; keys and values go to memory taken once; guidance mixes the hidden states before
+the head, which is linear, so that the head runs on one half of the batch; without guidance the unconditional half does
+not run at all; sampling is one op. No state is kept in the modules: threads may share a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from varkern.engine.options import Options, ScaleStep
+from varkern.models.blocks import AdaLNSelfAttn, KVCache
+from varkern.models.var import VAR
+from varkern.ops import sampling as ops
+
+
+class Noise(Protocol):
+    def noise(self, n: int, V: int) -> Tensor:
+        """Exponential noise (B * n, V) float32 for n tokens an image."""
+
+
+class CachedTransformer:
+    """The transformer during one generation: modulations of one condition, and a cache for each block."""
+
+    def __init__(self, var: VAR, cond_BD: Tensor) -> None:
+        self.var = var
+        self.blocks = cast("list[AdaLNSelfAttn]", list(var.blocks))
+        cond_BD_or_gss = var.shared_ada_lin(cond_BD)
+        self.modulations = [block.modulation(cond_BD_or_gss) for block in self.blocks]
+        self.head_modulation = var.head_nm.modulation(cond_BD)
+        self.caches = [KVCache(var.L) for _ in self.blocks]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Embeddings (B, n, C) of the next scale -> normalised hidden states (B, n, C) float32, the head's input."""
+        for block, modulation, cache in zip(self.blocks, self.modulations, self.caches, strict=True):
+            x = block.modulated(x, modulation, cache)
+        return self.var.head_nm.modulated(x.float(), self.head_modulation).float()
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(B, n, C) float32 -> (B, n, V) float32."""
+        return self.var.head(hidden.to(self.var.head.weight.dtype)).float()
+
+
+def guided(hidden: Tensor, guidance: float) -> Tensor:
+    """Classifier-free guidance of hidden states (2B, n, C), conditional rows first -> (B, n, C).
+
+    The head is affine and the weights 1 + t and -t sum to one, so that it gives what guided logits would be.
+    """
+    cond, uncond = hidden.chunk(2)
+    return torch.lerp(cond, uncond, -guidance)
+
+
+def cached_scales(var: VAR, label_B: Tensor, noise: Noise, options: Options) -> Iterator[ScaleStep]:
+    """The scales of a batch, each drawn with noise in the published order."""
+    B, quantize, last = label_B.shape[0], var.vae_quant_proxy[0], var.num_stages_minus_1
+    codebook = quantize.embedding.weight.float()
+    halves = 2 if options.cfg > 0 else 1
+    labels = torch.cat((label_B, torch.full_like(label_B, var.num_classes))) if halves == 2 else label_B
+    cond_BD = var.class_emb(labels)
+    lvl_pos = var.lvl_embed(var.lvl_1L) + var.pos_1LC
+    x = cond_BD.unsqueeze(1) + var.pos_start + lvl_pos[:, : var.first_l]
+    f_hat = torch.zeros(B, var.Cvae, var.patch_nums[-1], var.patch_nums[-1], device=x.device)
+    transformer = CachedTransformer(var, cond_BD)
+    for k, p in enumerate(var.patch_nums):
+        ratio = k / last
+        hidden = transformer(x)
+        logits = transformer.logits(guided(hidden, options.cfg * ratio) if halves == 2 else hidden)
+        if options.more_smooth:
+            logits = ops.filter_logits(logits, None, options.top_k, options.top_p)
+            tokens = ops.sample_tokens(logits, noise.noise(p * p, var.V))
+            h = ops.smooth_codes_reference(logits, codebook, ratio, noise.noise(p * p, var.V))
+        else:
+            tokens = ops.sample_tokens(logits, noise.noise(p * p, var.V), None, options.top_k, options.top_p)
+            h = F.embedding(tokens, codebook)
+        h = h.transpose(1, 2).reshape(B, var.Cvae, p, p)
+        if options.keep is not None:
+            h = options.keep.embeddings(k, h, codebook)
+        f_hat, following = quantize.get_next_autoregressive_input(k, last + 1, f_hat, h)
+        yield ScaleStep(k, tokens, f_hat)
+        if k != last:
+            begin, end = var.begin_ends[k + 1]
+            words = following.flatten(2).transpose(1, 2).to(var.word_embed.weight.dtype)
+            x = (var.word_embed(words) + lvl_pos[:, begin:end]).repeat(halves, 1, 1)
