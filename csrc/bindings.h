@@ -201,7 +201,9 @@ constexpr const char* kCachedAttention =
     "cached_attention(qkv, q_bias, v_bias, log_scale, cache, q, out, B, n, H, D, N, position, stride_b, stride_n, "
     "stride_part, stride_h, dtype, softmax_scale)\n\n"
     "qkv (B, n, 3, H, D) strided, q_bias and v_bias (H, D) and log_scale (H) float32 (float64 where dtype is 3) or 0,\n"
-    "cache (2, B, H, N, D), q (B, H, n, D) scratch, out (B, n, H, D).";
+    "cache (2, B, H, N, D), q (B, H, n, D) scratch, out (B, n, H, D). On CUDA then a workspace, splits and the stream:\n"
+    "(splits, B * H * n, D + 2) float32, or 0 for one split.";
+
 inline SampleTokens sample_tokens(uintptr_t logits, uintptr_t noise, uintptr_t tokens, uintptr_t status, int64_t B,
                                   int64_t n, int64_t V, int64_t stride_b, int64_t stride_n, int64_t top_k,
                                   double guidance, double top_p, int dtype, bool guided) {

@@ -34,6 +34,8 @@ PYBIND11_MODULE(_C_cuda, m) {
                  bindings::modulated_layer_norm_forward, cuda::modulated_layer_norm_forward);
   bindings::bind(m, "modulated_layer_norm_backward", bindings::kModulatedLayerNormBackward,
                  bindings::modulated_layer_norm_backward, cuda::modulated_layer_norm_backward);
+  bindings::bind(m, "cached_attention", bindings::kCachedAttention, bindings::cached_attention,
+                 cuda::cached_attention);
   bindings::bind(m, "sample_tokens", bindings::kSampleTokens, bindings::sample_tokens, cuda::sample_tokens);
 
   m.def("architectures", &architectures, "architectures() -> list[str]\n\nWhat the kernels were compiled for.");

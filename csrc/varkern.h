@@ -139,7 +139,7 @@ struct BlockCausalAttentionBackward {
 // The attention of one scale of a generation: its n tokens see those before them and each other. q', k' and v' are
 // those of BlockCausalAttention, k' and v' of earlier scales are in the cache, and those of the n tokens are put there.
 struct CachedAttention {
-  const void* qkv;        // (B, n, 3, H, D) dtype, last axis contiguous
+  const void* qkv;        // (B, n, 3, H, D) dtype, last axis contiguous; CUDA: every row aligned to 16 bytes
   const void* q_bias;     // (H, D) Real, or nullptr
   const void* v_bias;     // (H, D) Real, or nullptr
   const void* log_scale;  // (H) Real, or nullptr
@@ -195,6 +195,10 @@ const char* modulated_layer_norm_forward(const ModulatedLayerNormForward& args, 
 // consecutive rows each.
 const char* modulated_layer_norm_backward(const ModulatedLayerNormBackward& args, float* workspace, int64_t chunks,
                                           void* stream);
+
+// D is 32, 64 or 128. splits: parts into which the keys are cut where there are too few queries for the device; what
+// they add up depends on it. workspace: (splits, B * H * n, D + 2) float32, or nullptr for one split.
+const char* cached_attention(const CachedAttention& args, float* workspace, int64_t splits, void* stream);
 
 // A row without distribution gives token 0. Equal logits at the border of top-p stay from the last index down.
 const char* sample_tokens(const SampleTokens& args, void* stream);

@@ -21,6 +21,7 @@ from varkern.ops import (
     cached_attention_reference,
     use_backend,
 )
+from varkern.ops.decode import _splits
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 LENGTHS_256 = tuple(p * p for p in (1, 2, 3, 4, 5, 6, 8, 10, 13, 16))
@@ -293,6 +294,14 @@ def test_the_number_of_threads_does_not_change_a_bit() -> None:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+def test_splits_fill_the_device_and_no_more() -> None:
+    assert _splits(heads=32, n=256, keys=680) == 1  # d16, one image with guidance: the last scale
+    assert _splits(heads=32, n=1, keys=9451) == 18
+    assert _splits(heads=2, n=1024, keys=2240) == 4
+    assert _splits(heads=128 * 30, n=4096, keys=9451) == 1
+    assert _splits(heads=2, n=1, keys=511) == 1
+
+
 def test_opcheck(device: torch.device) -> None:
     op, backend = torch.ops.varkern.cached_attention.default, _library.current_backend()
     qkv, cache, prologue = Case(4, 1, H=1).inputs(device)
@@ -376,6 +385,12 @@ def test_bad_input(change, message: str, backend: str | None) -> None:
         cached_attention(**arguments, softmax_scale=1.0)
     if before.device.type == "cpu":
         assert torch.equal(arguments["cache"].nan_to_num(nan=7.0), before.nan_to_num(nan=7.0))
+
+
+def test_a_backend_that_cannot_serve_says_why() -> None:
+    qkv, cache, prologue = Case(4, 1).inputs("cpu")
+    with use_backend("cuda"), pytest.raises(RuntimeError, match="cannot run cached_attention: the tensors are on cpu"):
+        cached_attention(qkv, cache, 1, *prologue, 1.0)
 
 
 LEVELS = """

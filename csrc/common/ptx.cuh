@@ -1,4 +1,4 @@
-// The instructions of sm_80 that CUDA C++ has no name for: asynchronous copies and the tensor cores' m16n8k16.
+// The instructions of sm_80 that CUDA C++ has no name for: asynchronous copies, the tensor cores' m16n8k16 and 2^x.
 //
 // A fragment is a warp's share of a matrix, two halves a register. With g = lane / 4 and t = lane % 4, the low half
 // first, the lane holds
@@ -34,6 +34,13 @@ __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commi
 template <int kPending>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// 2^x with a relative error of at most 2^-22; results that are no normal numbers become 0.
+__device__ __forceinline__ float exp2_approx(float x) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+  return power;
 }
 
 // Loads kMatrices (2 or 4) matrices of 8 x 8 halves from shared memory. Lanes 8i to 8i+7 give the addresses of the rows

@@ -42,8 +42,8 @@ bool append(const CachedAttention& c, const HeadRows& q, const HeadRows& k, cons
                         });
 }
 
-// With so few queries a key costs less to multiply than to put into the panels of block-causal attention: its row is read
-// once and multiplied across the lanes.
+// With so few queries a key costs less to multiply than to put into the panels of block-causal attention: its row is
+// read once and multiplied across the lanes.
 constexpr int64_t kFewQueries = 4, kTile = 128;
 
 template <typename Real>

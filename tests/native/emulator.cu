@@ -258,6 +258,24 @@ void check_mma(Way way) {
   }
 }
 
+// --- Powers of two.
+__global__ void powers_kernel(const float* in, float* out, int n) {
+  for (int i = int(threadIdx.x); i < n; i += int(blockDim.x)) out[i] = exp2_approx(in[i]);
+}
+
+void check_powers() {
+  const int n = 2000;
+  Buffer<float> in(n), out(n);
+  for (int i = 0; i < n; ++i) in[i] = -0.0937f * float(i);
+  in[n - 2] = -INFINITY, in[n - 1] = NAN;
+  check::ran(launch(powers_kernel, 1, 64, nullptr, static_cast<const float*>(in.data()), out.data(), n));
+  for (int i = 0; i < n - 1; ++i) {
+    const double exact = in[i] < -126.0f ? 0.0 : exp2(double(in[i]));
+    expect(fabs(out[i] - exact) <= 0x1p-22 * exact, "2^%g: %g, expected %g", in[i], out[i], exact);
+  }
+  expect(out[n - 1] != out[n - 1], "2^NaN: %g", out[n - 1]);
+}
+
 }  // namespace varkern::emulator
 
 int main() {
@@ -266,6 +284,7 @@ int main() {
   check_lanes();
   check_atomics();
   check_copies();
+  check_powers();
   for (Way way : {kByHand, kLdmatrix, kLdmatrixTransposed}) {
     check_mma<varkern::float16>(way);
     check_mma<varkern::bfloat16>(way);

@@ -19,8 +19,10 @@ from varkern.ops._library import (
     Op,
     autograd,
     cpu_why_not,
+    cuda_why_not,
     current_backend,
     dense_last_axis,
+    device_guard,
     dtype_why_not,
     extension,
     fake,
@@ -28,12 +30,18 @@ from varkern.ops._library import (
     library,
     needs_gradient,
     reference_forced,
+    stream,
 )
 from varkern.ops.attention_reference import attention_reference, normalize_qk_reference
 
 __all__ = ["cached_attention", "cached_attention_reference"]
 
 _CODES = {**DTYPE_CODES, torch.float64: 3}
+_CUDA_WIDTHS = (32, 64, 128)  # of heads, that the CUDA kernels are compiled for
+
+# The CUDA kernels cut the keys into parts where a warp for every 16 queries would leave multiprocessors idle. A part
+# has keys enough to hide what adding up the parts costs. Nothing here looks at the device: bits depend on shapes alone.
+_WARPS, _WARP_QUERIES, _MIN_KEYS = 1024, 16, 512
 
 
 def cached_attention_reference(
@@ -84,7 +92,7 @@ def cached_attention(
 
     Returns:
         (B, n, H, D), contiguous, of qkv's dtype. Accumulation is float32 (float64 for float64). The same bits for the
-        same shapes and values, whatever the number of threads.
+        same shapes and values, whatever the device's size and the number of threads.
 
     For inference: raises ``RuntimeError`` where a gradient would be recorded, or where the backend asked for cannot
     serve, ``ValueError`` for shapes, dtypes or devices that do not fit. Nothing is written then.
@@ -150,11 +158,18 @@ def _why_not_cpu(qkv: Tensor, *_: object) -> str | None:
     return cpu_why_not(qkv) or (None if qkv.dtype == torch.float64 else dtype_why_not(qkv))
 
 
+def _why_not_cuda(qkv: Tensor, *_: object) -> str | None:
+    reason = cuda_why_not(qkv) or dtype_why_not(qkv)
+    if reason is None and qkv.size(4) not in _CUDA_WIDTHS:
+        reason = f"heads are {qkv.size(4)} wide and its kernels take {', '.join(map(str, _CUDA_WIDTHS))}"
+    return reason
+
+
 def _example(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
     return (torch.zeros(1, 4, 3, 1, 64, device=device, dtype=dtype),)
 
 
-_OP = Op("cached_attention", {"cpu": _why_not_cpu}, _example)
+_OP = Op("cached_attention", {"cuda": _why_not_cuda, "cpu": _why_not_cpu}, _example)
 
 library.define(
     "cached_attention(Tensor qkv, Tensor(a!) cache, SymInt position, Tensor? q_bias, Tensor? v_bias, "
@@ -181,15 +196,36 @@ def _cached_attention(
     out, q = qkv.new_empty((B, n, H, D)), qkv.new_empty((B, H, n, D))
     if B == 0:
         return out
-    qkv = dense_last_axis(qkv)
+    qkv = _aligned(qkv) if backend == "cuda" else dense_last_axis(qkv)
     wide = torch.float64 if qkv.dtype == torch.float64 else torch.float32
     prologue = [None if t is None else t.detach().to(wide).contiguous() for t in (q_bias, v_bias, log_scale)]
-    extension(backend).cached_attention(
-        *(qkv.data_ptr(), *(0 if t is None else t.data_ptr() for t in prologue)),
-        *(cache.data_ptr(), q.data_ptr(), out.data_ptr(), B, n, H, D, cache.size(3), position),
-        *(qkv.stride(0), qkv.stride(1), qkv.stride(2), qkv.stride(3), _CODES[qkv.dtype], softmax_scale),
-    )
+    extra: tuple[int, ...] = ()
+    if backend == "cuda":
+        splits = _splits(B * H, n, position + n)
+        workspace = qkv.new_empty((splits, B * H * n, D + 2) if splits > 1 else 0, dtype=torch.float32)
+        extra = workspace.data_ptr(), splits, *stream(qkv)
+    with device_guard(qkv):
+        extension(backend).cached_attention(
+            *(qkv.data_ptr(), *(0 if t is None else t.data_ptr() for t in prologue)),
+            *(cache.data_ptr(), q.data_ptr(), out.data_ptr(), B, n, H, D, cache.size(3), position),
+            *(qkv.stride(0), qkv.stride(1), qkv.stride(2), qkv.stride(3), _CODES[qkv.dtype], softmax_scale),
+            *extra,
+        )
     return out
+
+
+def _aligned(qkv: Tensor) -> Tensor:
+    """The tensor itself where the CUDA kernels can move its rows 16 bytes at a time, else a contiguous copy."""
+    elements = 16 // qkv.element_size()
+    steps = (stride for stride, size in zip(qkv.stride()[:4], qkv.shape[:4], strict=True) if size > 1)
+    whole = qkv.stride(4) == 1 and qkv.data_ptr() % 16 == 0 and all(step % elements == 0 for step in steps)
+    return qkv if whole else qkv.clone(memory_format=torch.contiguous_format)
+
+
+def _splits(heads: int, n: int, keys: int) -> int:
+    """Into how many parts the CUDA kernels cut the keys."""
+    warps = heads * -(-n // _WARP_QUERIES)
+    return max(1, min(_WARPS // warps, keys // _MIN_KEYS))
 
 
 @fake("cached_attention")

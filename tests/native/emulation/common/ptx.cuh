@@ -82,6 +82,11 @@ void cp_async_wait() {
   }
 }
 
+inline float exp2_approx(float x) {
+  const float power = exp2f(x);
+  return power < 0x1p-126f ? 0.0f : power;
+}
+
 template <int kMatrices>
 void ldmatrix(uint32_t (&matrices)[kMatrices], const void* row) {
   static_assert(kMatrices == 2 || kMatrices == 4);
