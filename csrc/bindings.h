@@ -157,8 +157,8 @@ inline BlockCausalAttentionForward block_causal_attention_forward(
   "q, k, v, q_bias, v_bias, log_scale, lengths, K, B, H, L, D, dtype, softmax_scale"
 #define VARKERN_ATTENTION_SHAPES                                                                                    \
   "q, k, v, out and their gradients are (data_ptr, stride_b, stride_h, stride_l) of (B, H, L, D); q_bias and v_bias\n" \
-  "(H, D), log_scale (H), largest and total (B, H, L) and the gradients of biases (B, H, D) and log_scale (B, H) are float64 where\n" \
-  "dtype is 3, else float32, contiguous, 0 for none; lengths (K) int64."
+  "(H, D), log_scale (H), largest and total (B, H, L) and the gradients of biases (B, H, D) and log_scale (B, H) are\n" \
+  "float64 where dtype is 3, else float32, contiguous, 0 for none; lengths (K) int64."
 
 constexpr const char* kBlockCausalAttentionForward =
     "block_causal_attention_forward(" VARKERN_ATTENTION ", out, largest, total)\n\n" VARKERN_ATTENTION_SHAPES;
@@ -166,8 +166,8 @@ constexpr const char* kBlockCausalAttentionForward =
 inline BlockCausalAttentionBackward block_causal_attention_backward(
     const Rows& q, const Rows& k, const Rows& v, uintptr_t q_bias, uintptr_t v_bias, uintptr_t log_scale,
     uintptr_t lengths, int64_t K, int64_t B, int64_t H, int64_t L, int64_t D, int dtype, double softmax_scale,
-    const Rows& grad_out, const Rows& out, uintptr_t largest, uintptr_t total, const Rows& grad_q, const Rows& grad_k, const Rows& grad_v,
-    uintptr_t grad_q_bias, uintptr_t grad_v_bias, uintptr_t grad_log_scale) {
+    const Rows& grad_out, const Rows& out, uintptr_t largest, uintptr_t total, const Rows& grad_q, const Rows& grad_k,
+    const Rows& grad_v, uintptr_t grad_q_bias, uintptr_t grad_v_bias, uintptr_t grad_log_scale) {
   return {block_causal_attention(q, k, v, q_bias, v_bias, log_scale, lengths, K, B, H, L, D, dtype, softmax_scale),
           head_rows(grad_out),
           head_rows(out),
@@ -182,8 +182,8 @@ inline BlockCausalAttentionBackward block_causal_attention_backward(
 }
 
 constexpr const char* kBlockCausalAttentionBackward =
-    "block_causal_attention_backward(" VARKERN_ATTENTION ", grad_out, out, largest, total, grad_q, grad_k, grad_v, grad_q_bias, "
-    "grad_v_bias, grad_log_scale)\n\n" VARKERN_ATTENTION_SHAPES;
+    "block_causal_attention_backward(" VARKERN_ATTENTION ", grad_out, out, largest, total, grad_q, grad_k, grad_v, "
+    "grad_q_bias, grad_v_bias, grad_log_scale)\n\n" VARKERN_ATTENTION_SHAPES;
 
 #undef VARKERN_ATTENTION
 #undef VARKERN_ATTENTION_SHAPES
