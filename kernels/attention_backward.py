@@ -47,13 +47,11 @@ def block_causal_attention_backward(
         grad_q_bias, grad_v_bias: float32 (B, H, D), contiguous; grad_log_scale: float32 (B, H), contiguous.
     """
     query_norms, key_norms = (lse, lse) if norms is None else norms.unbind(0)
-    u, statistics = attention_rows(
-        grad_out, q, q_bias, v_bias, out, lse, None if log_scale is None else query_norms, grad_v_bias
-    )
+    u, delta = attention_rows(grad_out, q, q_bias, v_bias, out, None if log_scale is None else query_norms, grad_v_bias)
     inputs = (u, k, v, grad_out)
-    backward_keys(inputs, log_scale, key_norms, statistics, grad_k, grad_v, lengths, softmax_scale)
+    backward_keys(inputs, log_scale, key_norms, lse, delta, grad_k, grad_v, lengths, softmax_scale)
     backward_queries(
-        *(inputs, log_scale, query_norms, key_norms, statistics, grad_q, grad_q_bias, grad_log_scale),
+        *(inputs, log_scale, query_norms, key_norms, lse, delta, grad_q, grad_q_bias, grad_log_scale),
         *(lengths, softmax_scale),
     )
 

@@ -13,7 +13,7 @@ from .attention_rows import LOG2_E, row_pointers, score_factor, strides, unproje
 from .attention_tiles import Config, Configs, cases, choose, key_tiles, scale_bounds, to_device
 
 CONFIGS: Configs = {
-    (2, 32): Config(32, 128, num_warps=8, num_stages=3),
+    (2, 32): Config(32, 128, num_warps=8, num_stages=3, max_registers=168),
     (2, 64): Config(32, 128, num_warps=8, num_stages=3),
     (2, 128): Config(32, 64, num_warps=8, num_stages=3, max_registers=248),
     (4, 32): Config(32, 32, num_warps=8, num_stages=2),
@@ -33,6 +33,7 @@ def _pull(
     p_u_tile,
     p_grad_out_tile,
     p_lse_tile,
+    p_rest_tile,
     p_delta_tile,
     b_begin,
     i_m,
@@ -46,7 +47,10 @@ def _pull(
     b_grad_out = tl.load(p_grad_out_tile, mask=m_m[:, None], other=0.0)
     b_lse = tl.load(p_lse_tile, mask=m_m, other=float("inf"))  # P is zero past the last query
     b_delta = tl.load(p_delta_tile, mask=m_m, other=0.0)
-    b_p = tl.exp2(tl.dot(b_k, tl.trans(b_u), input_precision="ieee") * b_factor - b_lse[None, :])
+    b_scores = tl.dot(b_k, tl.trans(b_u), input_precision="ieee") * b_factor - b_lse[None, :]
+    if b_k.dtype == tl.float32:  # which products round less than lse was
+        b_scores -= tl.load(p_rest_tile, mask=m_m, other=0.0)[None, :]
+    b_p = tl.exp2(b_scores)
     if MASKED:
         b_p = tl.where(b_begin[:, None] <= i_m[None, :], b_p, 0.0)
     b_grad_v = tl.dot(b_p.to(b_grad_out.dtype), b_grad_out, b_grad_v, input_precision="ieee")
@@ -64,7 +68,8 @@ def attention_backward_keys_kernel(
     p_grad_out,
     p_log_scale,
     p_key_norms,
-    p_statistics,
+    p_lse,
+    p_delta,
     p_grad_k,
     p_grad_v,
     p_bounds,
@@ -98,7 +103,7 @@ def attention_backward_keys_kernel(
 ):
     """grad_k and grad_v (B, H, L, D) for one tile of keys, which queries from the begin of a key's scale on see.
 
-    u, statistics: of ``attention_rows_kernel``; the rest as in the forward kernel.
+    u, delta: of ``attention_rows_kernel``; the rest as in the forward kernel.
     """
     p_tiles += tl.program_id(0) % tiles * 2
     i_bh = (tl.program_id(0) // tiles).to(tl.int64)
@@ -132,8 +137,9 @@ def attention_backward_keys_kernel(
     p_grad_out_tile = row_pointers(
         p_grad_out, i_b, i_h, i_m, grad_out_stride_b, grad_out_stride_h, grad_out_stride_l, D
     )
-    p_lse_tile = p_statistics + i_bh * L + i_m
-    p_delta_tile = p_lse_tile + BH * L
+    p_lse_tile = p_lse + i_bh * L + i_m
+    p_rest_tile = p_lse_tile + BH * L
+    p_delta_tile = p_delta + i_bh * L + i_m
     for m in range(first, whole, BLOCK_M):
         b_grad_k, b_grad_v = _pull(
             b_grad_k,
@@ -143,6 +149,7 @@ def attention_backward_keys_kernel(
             p_u_tile + m * u_stride_l,
             p_grad_out_tile + m * grad_out_stride_l,
             p_lse_tile + m,
+            p_rest_tile + m,
             p_delta_tile + m,
             b_begin,
             m + i_m,
@@ -159,6 +166,7 @@ def attention_backward_keys_kernel(
             p_u_tile + m * u_stride_l,
             p_grad_out_tile + m * grad_out_stride_l,
             p_lse_tile + m,
+            p_rest_tile + m,
             p_delta_tile + m,
             b_begin,
             m + i_m,
@@ -184,7 +192,8 @@ def backward_keys(
     inputs: tuple[torch.Tensor, ...],
     log_scale: torch.Tensor | None,
     key_norms: torch.Tensor,
-    statistics: torch.Tensor,
+    lse: torch.Tensor,
+    delta: torch.Tensor,
     grad_k: torch.Tensor,
     grad_v: torch.Tensor,
     lengths: tuple[int, ...],
@@ -196,7 +205,7 @@ def backward_keys(
     config = choose(CONFIGS, HOPPER, k)
     tiles = to_device(key_tiles(lengths, config.BLOCK_M, config.BLOCK_N), k.device)
     attention_backward_keys_kernel[(B * H * len(tiles),)](
-        *(*inputs, statistics if log_scale is None else log_scale, key_norms, statistics, grad_k, grad_v),
+        *(*inputs, delta if log_scale is None else log_scale, key_norms, lse, delta, grad_k, grad_v),
         *(scale_bounds(lengths, k.device), tiles, len(tiles), H, L),
         *(stride for tensor in (*inputs, grad_k, grad_v) for stride in tensor.stride()[:3]),
         float(softmax_scale),
@@ -210,7 +219,7 @@ def backward_keys(
 def _case(dtype: str, D: int, prologue: bool, config: Config) -> Case:
     names = ("u", "k", "v", "grad_out", "grad_k", "grad_v")
     pointers = {f"p_{name}": f"*{dtype}" for name in names}
-    pointers |= {f"p_{name}": "*fp32" for name in ("log_scale", "key_norms", "statistics")}
+    pointers |= {f"p_{name}": "*fp32" for name in ("log_scale", "key_norms", "lse", "delta")}
     pointers |= {"p_bounds": "*i32", "p_tiles": "*i32"}
     return Case(
         attention_backward_keys_kernel,

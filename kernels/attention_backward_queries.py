@@ -37,6 +37,7 @@ def _push(
     b_u,
     b_grad_out,
     b_lse,
+    b_rest,
     b_delta,
     p_k_tile,
     p_v_tile,
@@ -62,9 +63,12 @@ def _push(
             b_norms = tl.load(p_norms_tile, mask=m_n, other=0.0)
         else:
             b_norms = tl.load(p_norms_tile)
-        b_p = tl.exp2(b_scores * (b_norms * factor)[None, :] - b_lse[:, None])
+        b_scores = b_scores * (b_norms * factor)[None, :] - b_lse[:, None]
     else:
-        b_p = tl.exp2(b_scores * factor - b_lse[:, None])
+        b_scores = b_scores * factor - b_lse[:, None]
+    if b_k.dtype == tl.float32:
+        b_scores -= b_rest[:, None]
+    b_p = tl.exp2(b_scores)
     if MASKED:
         b_p = tl.where(i_n[None, :] < b_end[:, None], b_p, 0.0)
     b_grad_p = tl.dot(b_grad_out, tl.trans(b_v), input_precision="ieee")
@@ -86,7 +90,8 @@ def attention_backward_queries_kernel(
     p_log_scale,
     p_query_norms,
     p_key_norms,
-    p_statistics,
+    p_lse,
+    p_delta,
     p_grad_q,
     p_partial_bias,
     p_partial_scale,
@@ -121,7 +126,7 @@ def attention_backward_queries_kernel(
     """grad_q (B, H, L, D) for one tile of queries, which sees the keys below the end of its scale.
 
     Also writes the tile's shares of the gradients of q_bias and log_scale, partial (B·H, tiles, D) and (B·H, tiles).
-    u, statistics: of ``attention_rows_kernel``; the rest as in the forward kernel.
+    u, delta: of ``attention_rows_kernel``; the rest as in the forward kernel.
     """
     i_tile = tl.program_id(0) % tiles
     i_bh = (tl.program_id(0) // tiles).to(tl.int64)
@@ -138,9 +143,10 @@ def attention_backward_queries_kernel(
     b_u = tl.load(p_rows, mask=m_m[:, None], other=0.0)
     p_rows = row_pointers(p_grad_out, i_b, i_h, i_m, grad_out_stride_b, grad_out_stride_h, grad_out_stride_l, D)
     b_grad_out = tl.load(p_rows, mask=m_m[:, None], other=0.0)
-    p_lse = p_statistics + i_bh * L + i_m
+    p_lse += i_bh * L + i_m
     b_lse = tl.load(p_lse, mask=m_m, other=float("inf"))  # P is zero past the tile
-    b_delta = tl.load(p_lse + BH * L, mask=m_m, other=0.0)
+    b_rest = tl.load(p_lse + BH * L, mask=m_m, other=0.0)
+    b_delta = tl.load(p_delta + i_bh * L + i_m, mask=m_m, other=0.0)
     if NORMALIZE:
         factor = score_factor(p_log_scale, i_h, softmax_scale)
     else:
@@ -158,6 +164,7 @@ def attention_backward_queries_kernel(
             b_u,
             b_grad_out,
             b_lse,
+            b_rest,
             b_delta,
             p_k_tile + n * k_stride_l,
             p_v_tile + n * v_stride_l,
@@ -175,6 +182,7 @@ def attention_backward_queries_kernel(
             b_u,
             b_grad_out,
             b_lse,
+            b_rest,
             b_delta,
             p_k_tile + n * k_stride_l,
             p_v_tile + n * v_stride_l,
@@ -211,7 +219,8 @@ def backward_queries(
     log_scale: torch.Tensor | None,
     query_norms: torch.Tensor,
     key_norms: torch.Tensor,
-    statistics: torch.Tensor,
+    lse: torch.Tensor,
+    delta: torch.Tensor,
     grad_q: torch.Tensor,
     grad_q_bias: torch.Tensor | None,
     grad_log_scale: torch.Tensor | None,
@@ -226,13 +235,13 @@ def backward_queries(
     B, H, L, D = u.shape
     config = choose(CONFIGS, HOPPER, u)
     tiles = to_device(query_tiles(lengths, config.BLOCK_M, config.BLOCK_N), u.device)
-    partial_bias = partial_scale = statistics
+    partial_bias = partial_scale = delta
     if grad_q_bias is not None:
         partial_bias = u.new_empty((B, H, len(tiles), D), dtype=torch.float32)
     if grad_log_scale is not None:
         partial_scale = u.new_empty((B, H, len(tiles)), dtype=torch.float32)
     attention_backward_queries_kernel[(B * H * len(tiles),)](
-        *(*inputs, statistics if log_scale is None else log_scale, query_norms, key_norms, statistics),
+        *(*inputs, delta if log_scale is None else log_scale, query_norms, key_norms, lse, delta),
         *(grad_q, partial_bias, partial_scale, scale_bounds(lengths, u.device), tiles, len(tiles), H, L),
         *(stride for tensor in (*inputs, grad_q) for stride in tensor.stride()[:3]),
         float(softmax_scale),
@@ -252,7 +261,7 @@ def backward_queries(
 def _case(dtype: str, D: int, prologue: bool, config: Config) -> Case:
     names = ("u", "k", "v", "grad_out", "grad_q")
     pointers = {f"p_{name}": f"*{dtype}" for name in names}
-    floats = ("log_scale", "query_norms", "key_norms", "statistics", "partial_bias", "partial_scale")
+    floats = ("log_scale", "query_norms", "key_norms", "lse", "delta", "partial_bias", "partial_scale")
     pointers |= {f"p_{name}": "*fp32" for name in floats}
     pointers |= {"p_bounds": "*i32", "p_tiles": "*i32"}
     return Case(

@@ -15,7 +15,6 @@ import triton.language as tl
 
 from . import Case
 from .attention_rows import (
-    LN_2,
     LOG2_E,
     add_bias,
     inverse_norm,
@@ -122,9 +121,10 @@ def block_causal_attention_forward_kernel(
     Q_BIAS: tl.constexpr,
     V_BIAS: tl.constexpr,
 ):
-    """out = softmax(S) v + v_bias and lse = log Σ exp(S) for one tile of queries, S as in ``attention_rows``.
+    """out = softmax(S) v + v_bias and lse = log2 Σ exp(S) for one tile of queries, S as in ``attention_rows``.
 
-    q, k, v, out (B, H, L, D); q_bias, v_bias (H, D); log_scale (H,); lse and the norms (B, H, L); bounds (2, L), the
+    q, k, v, out (B, H, L, D); q_bias, v_bias (H, D); log_scale (H,); lse (2, B, H, L): rounded, and what rounding left;
+    the norms (B, H, L); bounds (2, L), the
     begin and end of each row's scale; tiles (tiles, 2). The tiles of one head follow each other, so that its keys and
     values stay in the L2 cache. Also writes query_norms with NORMALIZE.
     """
@@ -202,7 +202,12 @@ def block_causal_attention_forward_kernel(
         b_out = add_bias(b_out, p_v_bias, i_h, D)
     p_rows = row_pointers(p_out, i_b, i_h, i_m, out_stride_b, out_stride_h, out_stride_l, D)
     tl.store(p_rows, b_out.to(p_out.dtype.element_ty), mask=m_m[:, None])
-    tl.store(p_lse + i_bh * L + i_m, (b_max + tl.log2(b_sum)) * LN_2, mask=m_m)
+    # A rounded logarithm near 100 alone would cost every probability of the backward pass seven bits.
+    b_log_sum = tl.log2(b_sum)
+    b_lse = b_max + b_log_sum
+    p_lse += i_bh * L + i_m
+    tl.store(p_lse, b_lse, mask=m_m)
+    tl.store(p_lse + (tl.num_programs(0) // tiles).to(tl.int64) * L, (b_max - b_lse) + b_log_sum, mask=m_m)
 
 
 def block_causal_attention_forward(
@@ -218,12 +223,13 @@ def block_causal_attention_forward(
     lengths: tuple[int, ...],
     softmax_scale: float,
 ) -> None:
-    """Fill out (B, H, L, D), lse (B, H, L) and, with log_scale, norms (2, B, H, L).
+    """Fill out (B, H, L, D), lse (2, B, H, L) and, with log_scale, norms (2, B, H, L).
 
     Args:
         q, k, v, out: one dtype, float32, float16 or bfloat16; last axes contiguous, any other strides.
         q_bias, v_bias: (H, D), contiguous, or None. log_scale: (H,), contiguous, or None. Of dtypes of their own.
-        lse: float32, contiguous: the logarithm of the sum of the exponentials of each row's visible scores.
+        lse: float32, contiguous: the base-2 logarithm of the sum of the exponentials of each row's visible scores, and
+            what rounding it left.
         norms: float32, contiguous: 1 / max(|q + q_bias|, 1e-12) and 1 / max(|k|, 1e-12). None where log_scale is.
         lengths: rows of each scale; they sum to L.
         softmax_scale: not negative.

@@ -20,7 +20,6 @@ import triton.language as tl
 from . import Case
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
 _LOG2_E_REST = tl.constexpr(1.925963033500e-8)  # what rounding log2(e) to float32 leaves
 MAX_LOG_TEMPERATURE = tl.constexpr(4.605170185988092)  # log 100
 MAX_INVERSE_NORM = tl.constexpr(1e12)  # of F.normalize's floor of 1e-12
@@ -35,7 +34,7 @@ def score_factor(p_log_scale, i_h, softmax_scale):
     log_scale = tl.minimum(tl.load(p_log_scale + i_h).to(tl.float32), MAX_LOG_TEMPERATURE)
     power = log_scale * LOG2_E
     rest = tl.fma(log_scale, tl.full((), LOG2_E, tl.float32), -power) + log_scale * _LOG2_E_REST
-    return tl.exp2(power) * (1 + rest * LN_2) * softmax_scale
+    return tl.exp2(power) * (1 + rest * 0.6931471805599453) * softmax_scale
 
 
 @triton.jit
@@ -87,10 +86,9 @@ def attention_rows_kernel(
     p_q,
     p_q_bias,
     p_v_bias,
-    p_lse,
     p_query_norms,
     p_unit,
-    p_statistics,
+    p_delta,
     p_partial,
     H,
     L,
@@ -113,13 +111,12 @@ def attention_rows_kernel(
 ):
     """What the backward kernels read over and over, for a block of rows.
 
-    statistics (2, B, H, L) = lse · log2(e) and delta = rowsum(grad_out · (out - v_bias)), which is what the rows of
-    P · (grad_out v^T) sum to; unit (B, H, L, D) = u, bit for bit as in the forward pass, where it is not q itself;
+    delta (B, H, L) = rowsum(grad_out · (out - v_bias)), which is what the rows of P · (grad_out v^T) sum to;
+    unit (B, H, L, D) = u, bit for bit as in the forward pass, where it is not q itself;
     partial (B·H, blocks, D) = Σ grad_out, a share of the gradient of v_bias.
     """
     i_block = tl.program_id(0) % blocks
     i_bh = (tl.program_id(0) // blocks).to(tl.int64)
-    BH = (tl.num_programs(0) // blocks).to(tl.int64)
     i_b, i_h = i_bh // H, i_bh % H
     i_l = i_block * BLOCK_L + tl.arange(0, BLOCK_L)
     m_l = i_l < L
@@ -130,8 +127,7 @@ def attention_rows_kernel(
     if V_BIAS:
         b_out -= tl.load(p_v_bias + i_h * D + tl.arange(0, D)).to(tl.float32)[None, :]
     i_row = i_bh * L + i_l
-    tl.store(p_statistics + i_row, tl.load(p_lse + i_row, mask=m_l, other=0.0) * LOG2_E, mask=m_l)
-    tl.store(p_statistics + BH * L + i_row, tl.sum(b_grad * b_out, 1), mask=m_l)
+    tl.store(p_delta + i_row, tl.sum(b_grad * b_out, 1), mask=m_l)
     if GRAD_V_BIAS:
         tl.store(p_partial + (i_bh * blocks + i_block) * D + tl.arange(0, D), tl.sum(b_grad, 0))
     if NORMALIZE or Q_BIAS:
@@ -164,11 +160,10 @@ def attention_rows(
     q_bias: torch.Tensor | None,
     v_bias: torch.Tensor | None,
     out: torch.Tensor,
-    lse: torch.Tensor,
     query_norms: torch.Tensor | None,
     grad_v_bias: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(u, statistics) of ``attention_rows_kernel``; fills grad_v_bias (B, H, D) unless None.
+    """(u, delta) of ``attention_rows_kernel``; fills grad_v_bias (B, H, D) unless None.
 
     query_norms: 1 / max(|q~|, 1e-12), (B, H, L), from the forward pass; None without log_scale.
     """
@@ -176,11 +171,11 @@ def attention_rows(
     blocks = triton.cdiv(L, _BLOCK_ELEMENTS // D)
     prologue = q_bias is not None or query_norms is not None
     unit = q.new_empty(q.shape) if prologue else q
-    statistics = q.new_empty((2, B, H, L), dtype=torch.float32)
-    partial = statistics if grad_v_bias is None else q.new_empty((B, H, blocks, D), dtype=torch.float32)
+    delta = q.new_empty((B, H, L), dtype=torch.float32)
+    partial = delta if grad_v_bias is None else q.new_empty((B, H, blocks, D), dtype=torch.float32)
     attention_rows_kernel[(B * H * blocks,)](
-        *(grad_out, out, q, q if q_bias is None else q_bias, q if v_bias is None else v_bias, lse),
-        *(lse if query_norms is None else query_norms, unit, statistics, partial),
+        *(grad_out, out, q, q if q_bias is None else q_bias, q if v_bias is None else v_bias),
+        *(delta if query_norms is None else query_norms, unit, delta, partial),
         *(H, L, blocks, *grad_out.stride()[:3], *out.stride()[:3], *q.stride()[:3]),
         D=D,
         BLOCK_L=_BLOCK_ELEMENTS // D,
@@ -193,7 +188,7 @@ def attention_rows(
     )
     if grad_v_bias is not None:
         torch.sum(partial, 2, out=grad_v_bias)
-    return unit, statistics
+    return unit, delta
 
 
 def strides(*names: str) -> dict[str, str]:
@@ -221,7 +216,7 @@ CASES += [
         attention_rows_kernel,
         dtype,
         "grad_out out q q_bias v_bias unit",
-        "lse query_norms statistics partial",
+        "query_norms delta partial",
         _SIZES | strides("grad_out", "out", "q"),
         D=D,
         NORMALIZE=prologue,

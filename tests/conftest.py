@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -53,3 +55,25 @@ def nan_in_empty() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def dot_in_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interpreted float32 products whose bits depend on neither the tile nor which operand comes first.
+
+    On a GPU each element of a float32 ``tl.dot`` is a chain of multiply-adds in the order of the summed axis, whatever
+    the tile, so that a kernel may compute again what another one has. NumPy's order changes with the shape.
+    """
+    if not _library.interpreting():
+        return
+    from triton.runtime import interpreter
+
+    builder, create_dot = interpreter.InterpreterBuilder, interpreter.InterpreterBuilder.create_dot
+
+    def exact(self: Any, a: Any, b: Any, d: Any, *options: Any) -> Any:
+        if a.data.dtype != np.float32:
+            return create_dot(self, a, b, d, *options)
+        product = np.matmul(a.data, b.data, dtype=np.float64).astype(np.float32)
+        return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
+
+    monkeypatch.setattr(builder, "create_dot", exact)

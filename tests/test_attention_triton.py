@@ -18,6 +18,8 @@ keys: Any = pytest.importorskip("varkern.kernels.attention_backward_keys")
 queries: Any = pytest.importorskip("varkern.kernels.attention_backward_queries")
 tiling: Any = pytest.importorskip("varkern.kernels.attention_tiles")
 
+pytestmark = pytest.mark.usefixtures("dot_in_one_order")
+
 NAN = float("nan")
 VAR_256 = tuple(p * p for p in (1, 2, 3, 4, 5, 6, 8, 10, 13, 16))
 VAR_512 = tuple(p * p for p in (1, 2, 3, 4, 6, 9, 13, 18, 24, 32))
@@ -98,8 +100,8 @@ class Problem:
         return torch.full(shape, NAN, device=self.device)
 
     def forward(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """out, lse, norms."""
-        out, lse = self.like_out(), self.floats(*self.shape[:3])
+        """out, lse (base 2, in two parts), norms."""
+        out, lse = self.like_out(), self.floats(2, *self.shape[:3])
         norms = None if self.parameters[2] is None else self.floats(2, *self.shape[:3])
         attention.block_causal_attention_forward(*self.inputs, *self.parameters, out, lse, norms, *self.scalars)
         return out, lse, norms
@@ -117,7 +119,7 @@ class Problem:
 
     def run(self) -> dict[str, Tensor]:
         saved = self.forward()
-        return named(saved[0], saved[1], *self.backward(saved))
+        return named(saved[0], natural(saved[1]), *self.backward(saved))
 
     def eager(self, dtype: torch.dtype, row_grads: Tensor | None = None) -> dict[str, Tensor]:
         """The same by autograd in a dtype, with the mask of L x L; row_grads (B, H, L): gradients of lse, too."""
@@ -146,6 +148,11 @@ class Problem:
         return scale[:, None] < scale[None, :]
 
 
+def natural(lse: Tensor) -> Tensor:
+    """The natural logarithm, from the two parts of that in base 2."""
+    return (lse.double().sum(0) * math.log(2)).float()
+
+
 def named(*tensors: Tensor | None) -> dict[str, Tensor]:
     names = ("out", "lse", "grad_q", "grad_k", "grad_v", "grad_q_bias", "grad_v_bias", "grad_log_scale")
     return {name: tensor for name, tensor in zip(names, tensors, strict=True) if tensor is not None}
@@ -159,7 +166,7 @@ def check(problem: Problem) -> None:
     - delta_i = grad_out_i . (out_i - v_bias) stands for the sum over j of P_ij dP_ij. What it is off by, independent
       roundings of the elements of out and those of float32 sums, is multiplied by P_i in the gradient of the scores;
       P_i is the gradient of lse_i, so that it shows in the results as if it were the gradient of lse_i.
-    - P = exp(S - lse), in base 2: three roundings of float32 numbers of the size of lse make its relative error.
+    - P = exp(S - lse): in 16 bits lse is rounded once. In float32 it comes in two parts, and nothing is granted.
     """
     got, eager, exact = problem.run(), problem.eager(problem.dtype), problem.eager(torch.float64)
     assert set(got) == set(exact)
@@ -170,7 +177,8 @@ def check(problem: Problem) -> None:
         assert got[name].shape == value.shape, name
         size = value.abs().max()
         error, eagers = ((tensor[name] - value).abs().max() for tensor in (got, eager))
-        rounding = (eps + 1.5 * single * exact["lse"].abs().max()) * size + (rounded[name] - value).abs().max()
+        of_lse = 0.0 if problem.dtype == torch.float32 else single * exact["lse"].abs().max()
+        rounding = (eps + of_lse) * size + (rounded[name] - value).abs().max()
         assert error <= 2 * eagers + rounding, (
             f"{name}: error {error:.3g}, eager's {eagers:.3g}, rounding {rounding:.3g}"
         )
@@ -334,7 +342,7 @@ def test_keys_beyond_the_last_visible_scale_are_not_read(device: str, prologue: 
     """
     problem = Problem(lengths=ROWS, B=1, H=1, prologue=prologue, device=device)
     saved = problem.forward()
-    want = named(saved[0], saved[1], *problem.backward(saved))
+    want = named(saved[0], natural(saved[1]), *problem.backward(saved))
     clean = [x.clone() for x in problem.inputs]
     ends = list(accumulate(ROWS))
     for module, names in ((forward, ("out", "lse")), (queries, ("grad_q",))):
@@ -348,8 +356,10 @@ def test_keys_beyond_the_last_visible_scale_are_not_read(device: str, prologue: 
             problem.inputs = [x.clone() for x in clean]
             for x in problem.inputs[1:]:
                 x[:, :, last:] = NAN
-            got = dict(zip(("out", "lse"), problem.forward(), strict=False)) if module is forward else {}
-            if module is queries:
+            if module is forward:
+                out, lse, _ = problem.forward()
+                got = {"out": out, "lse": natural(lse)}
+            else:
                 got = {"grad_q": problem.backward(saved)[0]}
             for name in names:
                 assert torch.equal(got[name][:, :, start:stop], want[name][:, :, start:stop]), (name, start, stop)
@@ -361,7 +371,7 @@ def test_queries_of_scales_before_are_not_read(device: str, prologue: str) -> No
     """With NaN in all queries that see no key of a tile, the tile's gradients stay the same, bit for bit."""
     problem = Problem(lengths=ROWS, B=1, H=1, prologue=prologue, device=device)
     saved = problem.forward()
-    want = named(saved[0], saved[1], *problem.backward(saved))
+    want = named(saved[0], natural(saved[1]), *problem.backward(saved))
     clean = (problem.inputs[0].clone(), problem.grad_out.clone())
     config = keys.CONFIGS[4, 64]
     tiles = tiling.key_tiles(ROWS, config.BLOCK_M, config.BLOCK_N)

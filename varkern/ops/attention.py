@@ -218,9 +218,9 @@ _OP_QKV = Op("block_causal_attention_qkv", _BACKENDS, _example_qkv)
 _INPUTS = "Tensor q, Tensor k, Tensor v"
 _INPUTS_QKV = "Tensor qkv, Tensor? q_bias, Tensor? v_bias, Tensor? log_scale"
 _SETTINGS = "int[] lengths, float softmax_scale, str? backend"
-# statistics (3, B, H, L), float64 for float64, else float32: what the backend keeps of each row for its backward pass.
-# cpu: the largest score and the sum of exponentials relative to it; triton: the log of the sum of exponentials and,
-# with log_scale, the inverse norms of q and k; reference: the log of the sum.
+# statistics (4, B, H, L), float64 for float64, else float32: what the backend keeps of each row for its backward pass.
+# cpu: the largest score and the sum of exponentials relative to it; triton: the base-2 logarithm of the sum of
+# exponentials in two parts and, with log_scale, the inverse norms of q and k; reference: the log of the sum.
 library.define(f"block_causal_attention({_INPUTS}, {_SETTINGS}) -> (Tensor out, Tensor statistics)")
 library.define(
     f"block_causal_attention_backward(Tensor grad_out, {_INPUTS}, Tensor out, Tensor statistics, {_SETTINGS})"
@@ -243,7 +243,7 @@ def _empty_heads(like: Tensor) -> Tensor:
 
 
 def _new_statistics(q: Tensor, B: int, H: int, L: int) -> Tensor:
-    return q.new_zeros((3, B, H, L), dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+    return q.new_zeros((4, B, H, L), dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
 
 
 @impl("block_causal_attention")

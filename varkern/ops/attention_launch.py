@@ -43,7 +43,7 @@ def launch_forward(
     lengths: tuple[int, ...],
     softmax_scale: float,
 ) -> None:
-    """Fill out (B, H, L, D) and statistics (3, B, H, L) from q, k, v (B, H, L, D), whose last axes are contiguous."""
+    """Fill out (B, H, L, D) and statistics (4, B, H, L) from q, k, v (B, H, L, D), whose last axes are contiguous."""
     if out.numel() == 0:
         return
     first, second = statistics[0], statistics[1]
@@ -55,7 +55,8 @@ def launch_forward(
     if backend == "triton":
         with device_guard(q):
             kernels("attention").block_causal_attention_forward(
-                *inputs, *_shaped(prologue, H), out, first, _norms(prologue, statistics), lengths, softmax_scale
+                *(*inputs, *_shaped(prologue, H), out, statistics[:2], _norms(prologue, statistics)),
+                *(lengths, softmax_scale),
             )
         return
     prologue, table = _plain(prologue, H, statistics.dtype), _lengths(lengths)
@@ -93,7 +94,7 @@ def launch_backward(
     if backend == "triton":
         with device_guard(q):
             kernels("attention").block_causal_attention_backward(
-                *(grad_out, *inputs, *_shaped(prologue, H), out, first, _norms(prologue, statistics)),
+                *(grad_out, *inputs, *_shaped(prologue, H), out, statistics[:2], _norms(prologue, statistics)),
                 *(*grads, *shares),
                 *(lengths, softmax_scale),
             )
@@ -116,4 +117,4 @@ def _shaped(prologue: Prologue, H: int) -> Prologue:
 
 
 def _norms(prologue: Prologue, statistics: Tensor) -> Tensor | None:
-    return None if prologue[2] is None else statistics[1:]
+    return None if prologue[2] is None else statistics[2:]
