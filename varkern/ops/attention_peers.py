@@ -6,6 +6,7 @@ Each takes q, k, v (B, H, L, D), the length of every scale and the softmax scale
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -91,7 +92,7 @@ def _flash_function() -> tuple[Callable[..., Any] | None, str | None]:
     for module in ("flash_attn", "flash_attn.cute"):
         try:
             # With version 4 alone, flash_attn is a namespace without the function: only importing it tells.
-            return getattr(__import__(module, fromlist=["flash_attn_func"]), "flash_attn_func"), None  # noqa: B009
+            return importlib.import_module(module).flash_attn_func, None
         # A broken installation raises anything from OSError to RuntimeError; the reason is shown.
         except Exception as error:
             reasons.append(f"{module}: {type(error).__name__}: {error}")
