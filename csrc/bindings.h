@@ -55,6 +55,18 @@ constexpr const char* kModulatedLayerNormBackward =
     "grad_out_stride_b, grad_out_stride_l, x_stride_b, x_stride_l, scale_stride_b, x_dtype, cond_dtype, out_dtype)\n\n"
     "grad_out (B, L, C) strided, grad_x (B, L, C) contiguous, grad_scale and grad_shift (B, C) float32, overwritten.";
 
+inline GroupNorm group_norm(uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t out, uintptr_t coefficients,
+                            int64_t B, int64_t C, int64_t P, int64_t groups, int dtype, bool channels_last, bool silu,
+                            double eps) {
+  return {Pointer{x}, Pointer{weight}, Pointer{bias}, Pointer{out},  Pointer{coefficients}, B, C, P,
+          groups,     dtype,           channels_last, silu,          eps};
+}
+
+constexpr const char* kGroupNorm =
+    "group_norm(x, weight, bias, out, coefficients, B, C, P, groups, dtype, channels_last, silu, eps)\n\n"
+    "x and out (B, C, P) or, channels_last, (B, P, C), contiguous; weight and bias (C) float32; coefficients\n"
+    "(3, B, C) float32: multiplier, offset, centre; out 0: only the coefficients, (2, B, C), without a centre.";
+
 inline ResidualMaps residual_maps(uintptr_t codebook, uintptr_t phi_weight, uintptr_t phi_bias, uintptr_t scales,
                                   int64_t num_phis, int64_t B, int64_t V, int64_t Cv, int64_t H, int64_t W, int64_t K,
                                   float ratio) {

@@ -41,6 +41,21 @@ struct ModulatedLayerNormBackward {
   int x_dtype, cond_dtype, out_dtype;
 };
 
+// Group normalisation over the channels of a group and all P pixels, as one multiplication and addition a channel:
+//   multiplier = rstd * weight, offset = bias - (mean - centre) * multiplier, out = (x - centre) * multiplier + offset
+// Sums are taken in an order fixed by the shapes alone.
+struct GroupNorm {
+  const void* x;        // (B, C, P) dtype, contiguous; with channels_last (B, P, C)
+  const float* weight;  // (C)
+  const float* bias;    // (C)
+  void* out;            // as x, times its sigmoid where silu; or nullptr: only the coefficients, with centre = 0
+  float* coefficients;  // (3, B, C): multiplier, offset, centre, the rounded mean; without out (2, B, C)
+  int64_t B, C, P, groups;
+  int dtype;
+  bool channels_last, silu;
+  double eps;
+};
+
 // The maps of a multi-scale residual quantizer. Scale k adds h_k = phi(up(e[index])) to f_hat, where up is bicubic to
 // (H, W), or nothing where the map has that size, and phi(x) = (1 - ratio) * x + ratio * conv3x3(x). float32.
 struct ResidualMaps {

@@ -9,10 +9,21 @@ from torch import Tensor, nn
 
 from varkern.models.quantizer import VectorQuantizer2
 from varkern.models.schedule import PATCH_NUMS_256, as_sizes, patch_nums_of_lengths
+from varkern.ops import reference_forced
+from varkern.ops._library import needs_gradient
+from varkern.ops.group_norm import group_norm_silu
 
 
 def _norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(num_groups=32, num_channels=channels, eps=1e-6)
+
+
+def _normalised(norm: nn.GroupNorm, x: Tensor, silu: bool = True) -> Tensor:
+    """silu(norm(x)) by the op, which has no gradient; by PyTorch where one is recorded."""
+    if reference_forced() or needs_gradient(x, norm.weight, norm.bias):
+        x = norm(x)
+        return F.silu(x, inplace=True) if silu else x
+    return group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu)
 
 
 class ResnetBlock(nn.Module):
@@ -32,8 +43,8 @@ class ResnetBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x), inplace=True))
-        h = self.conv2(self.dropout(F.silu(self.norm2(h), inplace=True)))
+        h = self.conv1(_normalised(self.norm1, x))
+        h = self.conv2(self.dropout(_normalised(self.norm2, h)))
         return self.nin_shortcut(x) + h
 
 
@@ -50,7 +61,7 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         B, C, H, W = x.shape
-        q, k, v = self.qkv(self.norm(x)).reshape(B, 3, C, H * W).unbind(1)
+        q, k, v = self.qkv(_normalised(self.norm, x, silu=False)).reshape(B, 3, C, H * W).unbind(1)
         weights = torch.bmm(q.transpose(1, 2), k).mul_(self.w_ratio).softmax(dim=2)  # (B, query, key)
         h = torch.bmm(v, weights.transpose(1, 2)).view(B, C, H, W)
         return x + self.proj_out(h)
@@ -127,7 +138,7 @@ class Encoder(nn.Module):
         h = self.conv_in(x)
         for level in self.down:
             h = level(h)
-        return self.conv_out(F.silu(self.norm_out(self.mid(h)), inplace=True))
+        return self.conv_out(_normalised(self.norm_out, self.mid(h)))
 
 
 class Decoder(nn.Module):
@@ -157,7 +168,7 @@ class Decoder(nn.Module):
         h = self.mid(self.conv_in(z))
         for level in reversed(self.up):
             h = level(h)
-        return self.conv_out(F.silu(self.norm_out(h), inplace=True))
+        return self.conv_out(_normalised(self.norm_out, h))
 
 
 class VQVAE(nn.Module):
