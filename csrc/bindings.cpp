@@ -66,6 +66,7 @@ PYBIND11_MODULE(_C, m) {
                  bindings::block_causal_attention_backward, cpu::block_causal_attention_backward);
   bindings::bind(m, "cached_attention", bindings::kCachedAttention, bindings::cached_attention,
                  cpu::cached_attention);
+  bindings::bind(m, "conv3x3", bindings::kConv3x3, bindings::conv3x3, cpu::conv3x3);
   bindings::bind(m, "sample_tokens", bindings::kSampleTokens, bindings::sample_tokens, cpu::sample_tokens);
   bindings::bind(m, "filter_logits", bindings::kFilterLogits, bindings::filter_logits, cpu::filter_logits);
 

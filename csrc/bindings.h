@@ -216,6 +216,24 @@ constexpr const char* kCachedAttention =
     "cache (2, B, H, N, D), q (B, H, n, D) scratch, out (B, n, H, D). On CUDA then a workspace, splits and the stream:\n"
     "(splits, B * H * n, D + 2) float32, or 0 for one split.";
 
+inline Conv3x3 conv3x3(uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t multiplier, uintptr_t offset,
+                       uintptr_t residual, uintptr_t out, int64_t B, int64_t H, int64_t W, int64_t C, int64_t outputs,
+                       std::array<int64_t, 4> weight_stride, bool upsample) {
+  return {Pointer{x},        Pointer{weight},
+          Pointer{bias},     Pointer{multiplier},
+          Pointer{offset},   Pointer{residual},
+          Pointer{out},      B,
+          H,                 W,
+          C,                 outputs,
+          {weight_stride[0], weight_stride[1], weight_stride[2], weight_stride[3]},
+          upsample};
+}
+
+constexpr const char* kConv3x3 =
+    "conv3x3(x, weight, bias, multiplier, offset, residual, out, B, H, W, C, outputs, weight_stride, upsample)\n\n"
+    "x (B, H, W, C), weight (outputs, C, 3, 3) strided, bias (outputs) or 0, multiplier and offset (B, C) or 0, residual\n"
+    "like out or 0, out (B, H, W, outputs) or, with upsample, (B, 2H, 2W, outputs). float32.";
+
 inline SampleTokens sample_tokens(uintptr_t logits, uintptr_t noise, uintptr_t tokens, uintptr_t status, int64_t B,
                                   int64_t n, int64_t V, int64_t stride_b, int64_t stride_n, int64_t top_k,
                                   double guidance, double top_p, int dtype, bool guided) {

@@ -167,6 +167,21 @@ struct CachedAttention {
   double softmax_scale;
 };
 
+// out = conv3x3(z) + bias + residual, padded by one zero, over z = x or silu(x * multiplier + offset), which upsample then
+// repeats twice along both axes. float32, channels last. out may be residual.
+struct Conv3x3 {
+  const float* x;           // (B, H, W, C) contiguous
+  const float* weight;      // (outputs, C, 3, 3)
+  const float* bias;        // (outputs), or nullptr
+  const float* multiplier;  // (B, C) contiguous, or nullptr
+  const float* offset;      // (B, C) contiguous, where there is a multiplier
+  const float* residual;    // as out, or nullptr
+  float* out;               // (B, H, W, outputs) contiguous; with upsample (B, 2H, 2W, outputs)
+  int64_t B, H, W, C, outputs;
+  int64_t weight_stride[4];
+  bool upsample;
+};
+
 // What the CPU writes instead of a token: PyTorch's rounding decides; NaN, +inf, or nothing but -inf in the row.
 enum : int64_t { kUndecided = -1, kNoDistribution = -2 };
 

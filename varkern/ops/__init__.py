@@ -10,6 +10,7 @@ from varkern.ops.attention import (
     block_causal_attention_qkv_reference,
     block_causal_attention_reference,
 )
+from varkern.ops.conv import conv3x3, conv3x3_reference
 from varkern.ops.decode import cached_attention, cached_attention_reference
 from varkern.ops.group_norm import (
     group_norm_affine,
@@ -34,6 +35,8 @@ __all__ = [
     "block_causal_attention_reference",
     "cached_attention",
     "cached_attention_reference",
+    "conv3x3",
+    "conv3x3_reference",
     "current_backend",
     "explain",
     "filter_logits",

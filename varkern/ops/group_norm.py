@@ -78,7 +78,7 @@ def group_norm_silu(
     For inference: raises ``RuntimeError`` where a gradient would be recorded, or where the backend asked for cannot
     serve, ``ValueError`` for shapes, dtypes or devices that do not fit. float64 is computed by the reference.
     """
-    _check("group_norm_silu", x, weight, bias, num_groups)
+    check_group_norm("group_norm_silu", x, weight, bias, num_groups)
     if needs_gradient(x, weight, bias):
         _refuse_gradient()
     if reference_forced():
@@ -98,7 +98,7 @@ def group_norm_affine(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, 
         PyTorch's own kernels lose, which have the same form; a fused multiply-add adds nothing to it.
         ``group_norm_silu`` does not lose it.
     """
-    _check("group_norm_affine", x, weight, bias, num_groups)
+    check_group_norm("group_norm_affine", x, weight, bias, num_groups)
     if needs_gradient(x, weight, bias):
         _refuse_gradient_affine()
     if reference_forced():
@@ -120,7 +120,7 @@ def _refuse_gradient_affine(*_: object) -> NoReturn:
     )
 
 
-def _check(op: str, x: Tensor, weight: Tensor, bias: Tensor, num_groups: int) -> None:
+def check_group_norm(op: str, x: Tensor, weight: Tensor, bias: Tensor, num_groups: int) -> None:
     if x.dim() != 4 or 0 in x.shape[1:]:
         raise ValueError(f"{op}: x has shape {tuple(x.shape)}, give (B, C, H, W) with C, H, W > 0.")
     C = x.size(1)
@@ -189,7 +189,7 @@ def _launch(
 def _group_norm_silu(
     x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, silu: bool, backend: str | None
 ) -> Tensor:
-    _check("group_norm_silu", x, weight, bias, num_groups)
+    check_group_norm("group_norm_silu", x, weight, bias, num_groups)
     backend = _SILU.choose(backend, x.device.type, x)
     if backend == "reference":
         out = group_norm_silu_reference(x, weight, bias, num_groups, eps, silu)
@@ -203,7 +203,7 @@ def _group_norm_silu(
 def _group_norm_affine(
     x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, backend: str | None
 ) -> Tensor:
-    _check("group_norm_affine", x, weight, bias, num_groups)
+    check_group_norm("group_norm_affine", x, weight, bias, num_groups)
     backend = _AFFINE.choose(backend, x.device.type, x)
     if backend == "reference":
         return group_norm_affine_reference(x, weight, bias, num_groups, eps)
@@ -214,13 +214,13 @@ def _group_norm_affine(
 def _fake_silu(
     x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, silu: bool, backend: str | None
 ) -> Tensor:
-    _check("group_norm_silu", x, weight, bias, num_groups)
+    check_group_norm("group_norm_silu", x, weight, bias, num_groups)
     return torch.empty_like(x, memory_format=_format(x))
 
 
 @fake("group_norm_affine")
 def _fake_affine(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, backend: str | None) -> Tensor:
-    _check("group_norm_affine", x, weight, bias, num_groups)
+    check_group_norm("group_norm_affine", x, weight, bias, num_groups)
     return x.new_empty((2, x.size(0), x.size(1)), dtype=torch.float32)
 
 
