@@ -1,77 +1,20 @@
-"""CUDA graphs of generations: what decides about them, with a stand-in for CUDA, and on a GPU the graphs themselves.
+"""CUDA graphs of generations: their results, and what is captured, by a stand-in; on a GPU the graphs themselves."""
 
-The stand-in runs what was captured again. So it shows which generations are captured, replayed and dropped, and that
-labels, seeds and results pass through; that a replay reads addresses, and no Python, only a GPU can show.
-"""
-
-import contextlib
 import copy
 import gc
-import sys
-import threading
-import time
-import warnings
 import weakref
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from golden import load_golden
+from graph_standin import StandIn, eager, in_threads, model, same, twice
 from test_models import tiny
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import varkern
 from varkern.engine import Keep, cached, clear_graphs, generate_scales, graphs
-from varkern.engine.arguments import check_labels, draw_labels
 from varkern.engine.noise import BatchNoise
 from varkern.engine.options import Options
-from varkern.ops import decode, quantize, sampling
-
-generate_module = sys.modules["varkern.engine.generate"]  # the name means the function
-
-
-class StandIn:
-    """A recorder of one device, and what happened to it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.captures = self.replays = self.released = self.trimmed = 0
-        self.failures: list[Exception] = []  # of the next captures
-        self.busy = threading.Lock()
-
-    def warm_up(self, run):
-        return tuple(output.clone() for output in run())
-
-    def capture(self, run, generators):
-        assert self.busy.acquire(blocking=False)
-        try:
-            if self.failures:
-                raise self.failures.pop(0)
-            self.captures += 1
-            return _Rerun(self, run)
-        finally:
-            self.busy.release()
-
-    def trim(self):
-        self.trimmed += 1
-
-
-class _Rerun:
-    def __init__(self, recorder, run):
-        self.recorder, self.run = recorder, run
-
-    def replay(self, load):
-        assert self.recorder.busy.acquire(blocking=False), "two replays at once"
-        try:
-            self.recorder.replays += 1
-            load()
-            return tuple(output.clone() for output in self.run())
-        finally:
-            self.recorder.busy.release()
-
-    def release(self):
-        self.recorder.released += 1
-        del self.run
 
 
 @pytest.fixture
@@ -85,24 +28,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture
 def var() -> varkern.VAR:
-    _, model = tiny()
-    model.init_weights(init_std=0.1, init_head=1.0, init_adaln_gamma=1.0)
-    return model
-
-
-def same(a: varkern.Generation, b: varkern.Generation, images: bool = True) -> bool:
-    tokens = all(torch.equal(x, y) for x, y in zip(a.tokens, b.tokens, strict=True))
-    return tokens and (not images or torch.equal(a.images, b.images))
-
-
-def eager(var, *args, **kwargs) -> varkern.Generation:
-    return varkern.generate(var, *args, cuda_graph=False, **kwargs)
-
-
-def twice(var, *args, **kwargs) -> varkern.Generation:
-    """What makes the automatic choice capture; the second result."""
-    varkern.generate(var, *args, **kwargs)
-    return varkern.generate(var, *args, **kwargs)
+    return model()
 
 
 class TestResults:
@@ -370,233 +296,6 @@ class TestChangedModels:
         assert recorder.trimmed
 
 
-class TestMemory:
-    def test_the_last_used_are_kept(self, var, recorder) -> None:
-        for cfg in (1.0, 2.0, 3.0, 4.0):
-            varkern.generate(var, 1, 1, 0, cfg=cfg, cuda_graph=True)
-        varkern.generate(var, 1, 1, 0, cfg=1.0, cuda_graph=True)
-        varkern.generate(var, 1, 1, 0, cfg=5.0, cuda_graph=True)
-        assert (recorder.captures, recorder.replays, recorder.released) == (5, 1, 1)
-        varkern.generate(var, 1, 1, 0, cfg=1.0, cuda_graph=True)
-        assert recorder.replays == 2
-        varkern.generate(var, 1, 1, 0, cfg=2.0, cuda_graph=True)
-        assert (recorder.captures, recorder.released) == (6, 2)
-
-    def test_clear(self, var, recorder) -> None:
-        _, other = tiny()
-        for model in (var, other):
-            twice(model, 1, 1, 0)
-        clear_graphs(var)
-        assert (recorder.released, recorder.trimmed) == (1, 0)
-        varkern.generate(other, 1, 1, 0)
-        assert recorder.replays == 1
-        clear_graphs()
-        assert recorder.released == 2
-        assert recorder.trimmed == 1
-        twice(var, 1, 1, 0)
-        assert recorder.captures == 3
-
-    def test_what_was_asked_for_is_bounded(self, var, recorder, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(graphs, "_MAX_ASKED", 2)
-        for cfg in (1.0, 2.0, 3.0):
-            varkern.generate(var, 1, 1, 0, cfg=cfg)
-        assert len(graphs.of_device(torch.device("cpu")).asked) == 2
-
-    def test_no_memory_to_capture(self, var, recorder) -> None:
-        """The others make room; where that does not help the generation goes on without, and does not try again."""
-        twice(var, 1, 1, 0)
-        recorder.failures = [torch.OutOfMemoryError("full")]
-        varkern.generate(var, 2, 1, 0, cuda_graph=True)
-        assert (recorder.captures, recorder.released) == (2, 1)
-        recorder.failures = [torch.OutOfMemoryError("full")] * 2
-        varkern.generate(var, 3, None)
-        torch.manual_seed(3)
-        with pytest.warns(RuntimeWarning, match="generation of 3 could not be captured in a CUDA graph"):
-            got = varkern.generate(var, 3, None)
-        after = torch.get_rng_state()
-        torch.manual_seed(3)
-        assert same(got, eager(var, 3, None))
-        assert torch.equal(torch.get_rng_state(), after)
-        assert not recorder.failures
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            varkern.generate(var, 3, None)
-        assert recorder.captures == 2
-        recorder.failures = [torch.OutOfMemoryError("full")]
-        with pytest.raises(torch.OutOfMemoryError, match="no memory to capture the generation"):
-            varkern.generate(var, 3, 1, 0, cuda_graph=True)
-        varkern.generate(var, 3, 1, 0, cuda_graph=True)
-        assert recorder.captures == 3
-
-    def test_what_cannot_be_captured(self, var, recorder) -> None:
-        recorder.failures = [RuntimeError("operation not permitted when stream is capturing")]
-        with pytest.raises(RuntimeError, match=r"the capture failed \(operation not permitted"):
-            varkern.generate(var, 1, 1, 0, cuda_graph=True)
-        assert same(varkern.generate(var, 1, 1, 0), eager(var, 1, 1, 0))
-        assert recorder.captures == 0
-
-    def test_no_memory_to_warm_up(self, var, recorder, monkeypatch: pytest.MonkeyPatch) -> None:
-        want, run = eager(var, 2, None, [1, 2]), cached.CachedTransformer.__call__
-        varkern.generate(var, 2, None, [1, 2])
-
-        def limited(self, x):
-            if x.shape[0] > 2 and x.shape[1] > 4:
-                raise torch.OutOfMemoryError("full")
-            return run(self, x)
-
-        monkeypatch.setattr(cached.CachedTransformer, "__call__", limited)
-        assert same(varkern.generate(var, 2, None, [1, 2]), want, images=False)
-        with pytest.raises(torch.OutOfMemoryError, match="no memory to capture the generation"):
-            varkern.generate(var, 2, 1, 0, cuda_graph=True)
-
-    def test_graphs_make_room_before_a_batch_is_halved(self, var, recorder, monkeypatch: pytest.MonkeyPatch) -> None:
-        want, run, sizes = eager(var, 2, 1, 0), cached.CachedTransformer.__call__, []
-        twice(var, 1, 1, 0)
-
-        def limited(self, x):
-            sizes.append(x.shape[0])
-            if graphs.of_device(torch.device("cpu")).graphs:
-                raise torch.OutOfMemoryError("full")
-            return run(self, x)
-
-        monkeypatch.setattr(cached.CachedTransformer, "__call__", limited)
-        assert same(eager(var, 2, 1, 0), want)
-        assert set(sizes) == {4}
-        assert recorder.released == 1
-
-
-class TestThreads:
-    def run(self, work, count: int) -> None:
-        errors = []
-
-        def guarded(i: int) -> None:
-            try:
-                work(i)
-            except BaseException as error:
-                errors.append(error)
-
-        threads = [threading.Thread(target=guarded, args=(i,)) for i in range(count)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(timeout=120)
-        assert not any(thread.is_alive() for thread in threads)
-        assert not errors, errors
-
-    @pytest.mark.parametrize("must", [True, None], ids=["asked for", "automatic"])
-    def test_they_share_a_graph(self, var, recorder, must) -> None:
-        want = [eager(var, 1, i % 5, i) for i in range(6)]
-        got: dict[int, varkern.Generation] = {}
-        twice(var, 1, 0, 0)
-        self.run(lambda i: got.update({i: varkern.generate(var, 1, i % 5, i, cuda_graph=must)}), 6)
-        assert all(same(got[i], want[i]) for i in range(6))
-        assert (recorder.captures, recorder.replays) == (1, 6)
-
-    def test_no_capture_while_another_draws(self, var, recorder, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Up to torch 2.13 drawing from the global generator fails during a capture."""
-        drawing, capture, draw = [], StandIn.capture, sampling.draw_noise
-        seen = []
-
-        def capturing(self, run, generators):
-            seen.append(list(drawing))
-            return capture(self, run, generators)
-
-        def slow(*args):
-            if threading.current_thread().name == "eager":
-                drawing.append(1)
-                time.sleep(0.02)
-                drawing.pop()
-            return draw(*args)
-
-        monkeypatch.setattr(StandIn, "capture", capturing)
-        monkeypatch.setattr("varkern.engine.noise.draw_noise", slow)
-        thread = threading.Thread(target=lambda: eager(var, 1, 1), name="eager")
-        thread.start()
-        while not drawing:
-            time.sleep(0.001)
-        varkern.generate(var, 1, 1, 0, cuda_graph=True)
-        thread.join()
-        assert seen == [[]]
-
-
-class Waits(TorchDispatchMode):
-    """Fails for what would make the host wait: values of a meta tensor cannot be read, nor may the CPU give any."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += 1
-        out = func(*args, **(kwargs or {}))
-        tensors = [t for t in torch.utils._pytree.tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
-        places = {t.device.type for t in tensors}
-        assert places <= {"meta"}, f"{func} uses {places}"
-        return out
-
-
-class TestNothingWaits:
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-    @pytest.mark.parametrize(
-        "options",
-        [Options(top_k=5, top_p=0.9), Options(cfg=0.0), Options(more_smooth=True)],
-        ids=["filters", "no guidance", "more_smooth"],
-    )
-    def test_between_labels_and_images(self, var, dtype, options, monkeypatch: pytest.MonkeyPatch) -> None:
-        """On a device without values no value is read, and nothing comes from the host."""
-        monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # knows no meta device
-        vae = var.vae_proxy[0].to("meta", dtype)
-        var.to("meta", dtype)
-        labels = torch.zeros(2, dtype=torch.int64, device="meta")
-        with torch.no_grad(), Waits() as waits:
-            got = generate_module._computed(options, var, labels, BatchNoise(2, torch.device("meta"), None))
-        assert got.images.shape == (2, vae.in_channels, 8, 8)
-        assert [tuple(tokens.shape) for tokens in got.tokens] == [(2, p * p) for p in var.patch_nums]
-        assert waits.count > 100
-
-    def test_nor_in_the_reference_ops_that_serve_a_device_without_kernels(self) -> None:
-        with torch.device("meta"), torch.no_grad(), Waits() as waits:
-            assert sampling._draw_reference(torch.empty(4, 9, 64), torch.empty(18, 64), 1.5, 5, 0.9).shape == (2, 9)
-            qkv, cache, bias = torch.empty(2, 9, 3, 2, 32), torch.empty(2, 2, 2, 14, 32), torch.empty(64)
-            out = decode.cached_attention_reference(qkv, cache, 5, bias, bias, torch.empty(2), 1.0)
-            assert out.shape == (2, 9, 2, 32)
-            f_hat, codes = torch.empty(2, 8, 4, 4), torch.empty(2, 8, 2, 2)
-            phi = quantize.Phi(torch.empty(8, 8, 3, 3), torch.empty(8), 0.5)
-            assert quantize.next_scale_input_reference(f_hat, codes, phi, (3, 3))[0] is f_hat
-        assert waits.count > 30
-
-    def test_what_would_wait_is_seen(self) -> None:
-        with Waits():
-            x = torch.ones(3, device="meta")
-            with pytest.raises(RuntimeError, match="item"):
-                int(x.sum())
-            with pytest.raises((RuntimeError, NotImplementedError), match="nonzero"):
-                x[x > 0]
-            with pytest.raises(AssertionError, match="uses"):
-                torch.tensor([1.0], device="cpu")
-            with pytest.raises((AssertionError, NotImplementedError)):
-                x.cpu()
-
-    def test_labels_of_the_host_are_checked_there(self) -> None:
-        _, var = tiny()
-        var.to("meta")
-        for labels in (3, [1, 2], -1, (5, 0)):
-            assert check_labels(var, 2, labels).device.type == "meta"
-        for labels in (6, [1, 6], [-1, 2]):
-            with pytest.raises(ValueError, match=r"labels must be in \[0, 5\]"):
-                check_labels(var, 2, labels)
-
-    @pytest.mark.parametrize("classes", [1, 2, 10, 1000])
-    def test_a_label_is_drawn_as_multinomial_draws(self, classes: int) -> None:
-        var = SimpleNamespace(num_classes=classes, lvl_1L=torch.zeros(1))
-        for seed in range(20):
-            a, b = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
-            uniform = torch.full((1, classes), 1.0 / classes)
-            want = torch.multinomial(uniform, 1, replacement=True, generator=b).view(1)
-            assert torch.equal(draw_labels(var, 1, a), want)
-            assert torch.equal(a.get_state(), b.get_state())
-
-
 @pytest.fixture
 def on_gpu(var):
     var.vae_proxy[0].cuda()
@@ -643,9 +342,12 @@ class TestOnAGpu:
 
     def test_memory(self, on_gpu) -> None:
         """Many graphs take the memory of one, but for results; all of it comes back."""
+        varkern.generate(on_gpu, 4, 1, 0, cuda_graph=True)  # workspaces of libraries stay
+        clear_graphs()
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved()
         varkern.generate(on_gpu, 4, 1, 0, cuda_graph=True)
+        torch.cuda.empty_cache()
         one = torch.cuda.memory_reserved() - before
         for i in range(8):
             varkern.generate(on_gpu, 4, 1, 0, cfg=0.5 + i, cuda_graph=True)
@@ -665,11 +367,12 @@ class TestOnAGpu:
                 got[i] = varkern.generate(on_gpu, 1, i % 5, i)
                 torch.cuda.current_stream().synchronize()
 
-        TestThreads().run(work, 8)
+        in_threads(work, 8)
         assert all(same(got[i], want[i], images=False) for i in range(8))
 
     def test_nothing_waits(self, on_gpu) -> None:
         for graph in (False, True):
+            varkern.generate(on_gpu, 1, None, [3], cuda_graph=False)
             varkern.generate(on_gpu, 2, 1, [0, 1], top_k=20, top_p=0.9, cuda_graph=graph)
             torch.cuda.synchronize()
             torch.cuda.set_sync_debug_mode("error")

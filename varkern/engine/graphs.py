@@ -12,6 +12,7 @@ they give is copied out of the pool. This file decides; `recorder` calls CUDA.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import threading
 import warnings
@@ -200,6 +201,7 @@ class DeviceGraphs:
     def _capture(self, key: Key, request: Request, labels: Tensor, watch: Watch, must: bool) -> Generation | None:
         """Run the generation once to warm up, which gives its result, and capture it for the next time."""
         graph = _Graph(self.recorder, request, watch)
+        states = [generator.get_state() for generator in request.noise.generators]
         try:
             result = graph.warm_up(labels, request.noise)
         except torch.OutOfMemoryError as error:
@@ -210,28 +212,26 @@ class DeviceGraphs:
         if len(self.graphs) >= MAX_GRAPHS:
             self._release(list(self.graphs)[: len(self.graphs) + 1 - MAX_GRAPHS])
         self._mourn(request.var)
-        try:
-            try:
-                graph.capture()
-            except torch.OutOfMemoryError:
-                if not self.graphs:
-                    raise
-                self.forget(None)
-                graph.capture()
-        except RuntimeError as error:
-            self._release(())  # the failed capture may have been alone in the pool
-            self.asked[key] = None
-            if must and isinstance(error, torch.OutOfMemoryError):
-                raise torch.OutOfMemoryError(_NO_MEMORY) from error
-            if must:
-                raise RuntimeError(refusal(f"the capture failed ({error})")) from error
-            warnings.warn(
-                f"A generation of {request.batch} could not be captured in a CUDA graph and goes on without: {error}",
-                RuntimeWarning,
-                stacklevel=4,
-            )
+        failure = graph.capture()
+        if isinstance(failure, torch.OutOfMemoryError) and self.graphs:
+            self.forget(None)
+            failure = graph.capture()
+        if failure is None:
+            self.graphs[key] = graph
             return result
-        self.graphs[key] = graph
+        self._release(())  # the failed capture may have been alone in the pool
+        self.asked[key] = None
+        if must:
+            for generator, state in zip(request.noise.generators, states, strict=True):
+                generator.set_state(state)
+            if isinstance(failure, torch.OutOfMemoryError):
+                raise torch.OutOfMemoryError(_NO_MEMORY) from failure
+            raise RuntimeError(refusal(f"the capture failed ({failure})")) from failure
+        warnings.warn(
+            f"A generation of {request.batch} could not be captured in a CUDA graph and goes on without: {failure}",
+            RuntimeWarning,
+            stacklevel=4,
+        )
         return result
 
     def _mourn(self, var: VAR) -> None:
@@ -276,8 +276,13 @@ class _Graph:
         self._load(labels, noise)
         return self._result(self.recorder.warm_up(self.run), noise)
 
-    def capture(self) -> None:
-        self.recording = self.recorder.capture(self.run, self.generators)
+    def capture(self) -> RuntimeError | None:
+        """What prevented it, or None."""
+        try:
+            self.recording = self.recorder.capture(self.run, self.generators)
+        except RuntimeError as error:
+            return error.with_traceback(None)  # which holds the tensors of the attempt
+        return None
 
     def replay(self, labels: Tensor, noise: Noise) -> Generation:
         return self._result(self.recording.replay(lambda: self._load(labels, noise)), noise)
@@ -379,6 +384,8 @@ def of_device(device: torch.device) -> DeviceGraphs:
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     with _devices_lock:
+        if not _devices:  # CUDA is gone when the interpreter tears this module down
+            atexit.register(clear_graphs)
         if device not in _devices:
             _devices[device] = DeviceGraphs(device)
         return _devices[device]

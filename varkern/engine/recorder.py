@@ -79,14 +79,28 @@ class CudaRecorder:
                 try:
                     outputs = run()
                 except BaseException:
-                    # Ending a capture that has failed raises once more, of what is known already.
-                    with contextlib.suppress(RuntimeError):
-                        graph.capture_end()
-                    graph.reset()
+                    self._give_up(graph)
                     raise
                 graph.capture_end()
             torch.cuda.current_stream().wait_stream(self.stream)
             return _CudaRecording(self, graph, outputs)
+
+    def _give_up(self, graph: torch.cuda.CUDAGraph) -> None:
+        """End a capture in which something raised."""
+        try:
+            graph.capture_end()
+        except RuntimeError:
+            # CUDA had ended the capture itself, and torch (up to 2.13) has left the global generator waiting for its
+            # end: it would refuse every draw. A capture of next to nothing ends that. The allocator waits as well, and
+            # takes no other capture into this pool, which lives as long as the graphs in it.
+            self.pool = None
+            with contextlib.suppress(RuntimeError):
+                empty = torch.cuda.CUDAGraph()
+                empty.capture_begin(capture_error_mode="thread_local")
+                torch.zeros(1, device=self.device)
+                empty.capture_end()
+                empty.reset()
+        graph.reset()
 
     def trim(self) -> None:
         if self.pool is not None:

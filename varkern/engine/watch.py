@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from varkern.models.blocks import DropPath
@@ -28,69 +27,83 @@ class Watch:
 
     def __init__(self, var: VAR) -> None:
         self.refusal: str | None = None
-        self._tensors: list[tuple[dict[str, Any], str, tuple[object, ...]]] = []
-        self._values: list[tuple[dict[str, Any], str, object]] = []
-        self._sizes: list[tuple[dict[str, Any], int]] = []
+        self._tensors: list[tuple[dict[str, Any], str, tuple[Any, ...] | None]] = []
+        self._values: list[
+            tuple[dict[str, Any], str, object]
+        ] = []  # that are the same object as long as they are equal
+        self._others: list[tuple[dict[str, Any], str, object]] = []
         self._children: list[tuple[dict[str, Any], str, dict[str, Any]]] = []
+        self._sized: list[dict[str, Any]] = []
         self._hooks: list[dict[int, Any]] = [nn.modules.module._global_forward_hooks]
         self._hooks.append(nn.modules.module._global_forward_pre_hooks)
         self._var, self._vae = vars(var), vars(var.vae_proxy[0])
         self._quantizer = vars(var.vae_quant_proxy[0])
         self._add(var)
         self._add(var.vae_proxy[0])
+        self._sizes = list(map(len, self._sized))
         if any(self._hooks):
             self.refusal = "a forward hook is registered, which a replay would not call"
 
     def holds(self) -> bool:
         """Whether a replay still gives what the model would."""
-        return (
-            not any(self._hooks)
-            and vars(self._var["vae_proxy"][0]) is self._vae
-            and vars(self._var["vae_quant_proxy"][0]) is self._quantizer
-            and all(len(entries) == size for entries, size in self._sizes)
-            and all(_module_dict(modules.get(name)) is entries for modules, name, entries in self._children)
-            and all(_address(tensors.get(name)) == address for tensors, name, address in self._tensors)
-            and all(_plain(entries.get(name, _MISSING)) == value for entries, name, value in self._values)
-        )
+        # Loops, and comparisons by identity first: a generation waits for this.
+        if any(self._hooks) or list(map(len, self._sized)) != self._sizes:
+            return False
+        if vars(self._var["vae_proxy"][0]) is not self._vae:
+            return False
+        if vars(self._var["vae_quant_proxy"][0]) is not self._quantizer:
+            return False
+        for modules, name, entries in self._children:
+            child = modules.get(name)
+            if child is None or child.__dict__ is not entries:
+                return False
+        for tensors, name, address in self._tensors:
+            tensor = tensors.get(name)
+            if tensor is None or address is None:
+                if tensor is not address:
+                    return False
+            elif (tensor.data_ptr(), tensor.dtype, tensor.stride()) != address:
+                return False
+        for entries, name, value in self._values:
+            now = entries.get(name, _MISSING)
+            if now is not value and (type(now) is not type(value) or now != value):
+                return False
+        return all(_identity(entries.get(name, _MISSING)) == value for entries, name, value in self._others)
 
     def _add(self, module: nn.Module) -> None:
         entries = vars(module)
         if isinstance(module, nn.Dropout | DropPath) and module.training:
             self.refusal = "the model is in training mode with dropout; call eval()"
         self._hooks += [entries[name] for name in _HOOKS]
-        self._sizes.append((entries, len(entries)))
-        # What begins with an underscore is nn.Module's or a setting of training.
-        self._values += [(entries, name, _plain(value)) for name, value in entries.items() if name[0] != "_"]
+        self._sized += [entries, entries["_parameters"], entries["_buffers"], entries["_modules"]]
+        for name, value in entries.items():
+            if name[0] == "_":  # nn.Module's own, or a setting of training
+                continue
+            if _plain(value):
+                self._values.append((entries, name, value))
+            else:
+                self._others.append((entries, name, _identity(value)))
         for tensors in (entries["_parameters"], entries["_buffers"]):
-            self._sizes.append((tensors, len(tensors)))
             for name, tensor in tensors.items():
                 if type(tensor) not in (Tensor, nn.Parameter, type(None)):
                     self.refusal = f"{name} is a {type(tensor).__name__}, whose memory cannot be watched"
                     continue
-                self._tensors.append((tensors, name, _address(tensor)))
-        modules = entries["_modules"]
-        self._sizes.append((modules, len(modules)))
-        for name, child in modules.items():
+                self._tensors.append((tensors, name, None if tensor is None else _address(tensor)))
+        for name, child in entries["_modules"].items():
             if child is not None:
-                self._children.append((modules, name, vars(child)))
+                self._children.append((entries["_modules"], name, vars(child)))
                 self._add(child)
 
 
-def _module_dict(module: nn.Module | None) -> dict[str, Any] | None:
-    return None if module is None else vars(module)
-
-
-def _address(tensor: Tensor | None) -> tuple[object, ...]:
+def _address(tensor: Tensor) -> tuple[Any, ...]:
     # The dtype too: memory that is given back may be given out again for smaller elements.
-    return () if tensor is None else (tensor.data_ptr(), tensor.dtype, tensor.stride())
+    return tensor.data_ptr(), tensor.dtype, tensor.stride()
 
 
-def _plain(value: object) -> object:
-    """Something to compare that keeps nothing alive."""
-    if isinstance(value, _PLAIN):
-        return value
-    if isinstance(value, torch.Tensor):
-        return _address(value)
-    if isinstance(value, tuple):
-        return tuple(map(_plain, value))
-    return id(value)
+def _plain(value: object) -> bool:
+    return isinstance(value, _PLAIN) or (isinstance(value, tuple) and all(map(_plain, value)))
+
+
+def _identity(value: object) -> object:
+    """Of something that may be large, or hold the model, and is therefore not kept."""
+    return _address(value) if isinstance(value, Tensor) else id(value)
