@@ -5,11 +5,20 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
 
-from varkern.engine.arguments import check_batch, check_labels, check_model, check_sampling, check_seeds
+from varkern.engine.arguments import (
+    check_batch,
+    check_keep,
+    check_labels,
+    check_model,
+    check_options,
+    check_seed,
+    check_seeds,
+)
 from varkern.engine.cached import cached_scales
 from varkern.engine.noise import BatchNoise, ImageNoise
 from varkern.engine.options import Generation, Keep, Options, ScaleStep
@@ -59,7 +68,7 @@ def generate(
         if request.backend == "reference":
             return request.reference()
         label_B = request.labels if request.labels is not None else request.noise.labels(var)
-        size = batch if max_batch is None else min(batch, max_batch)
+        size = request.batch if max_batch is None else min(request.batch, int(max_batch))
         while True:
             # Parts draw from copies of the generators: what fails for lack of memory has drawn nothing.
             with contextlib.suppress(torch.OutOfMemoryError):
@@ -116,8 +125,9 @@ class _Request:
         max_batch: int | None,
     ) -> _Request:
         check_model(var)
-        check_sampling(var.V, options.cfg, options.top_k, options.top_p)
+        options, batch = check_options(var, options), check_batch("the batch size B", batch)
         label_B = check_labels(var, batch, labels)
+        check_keep(var, batch, options.keep)
         check_batch("max_batch", 1 if max_batch is None else max_batch)
         backend, device = current_backend(), var.lvl_1L.device
         if options.more_smooth and backend is None and var.head.weight.dtype == torch.float32:
@@ -125,8 +135,8 @@ class _Request:
             # order of operations gives the published image within 1e-3.
             backend = "reference"
         noise: BatchNoise | ImageNoise
-        if seed is None or isinstance(seed, int):
-            generator = None if seed is None else torch.Generator(device=device).manual_seed(seed)
+        if seed is None or isinstance(seed, SupportsIndex):
+            generator = None if seed is None else torch.Generator(device=device).manual_seed(check_seed(seed))
             noise = BatchNoise(batch, device, generator)
         else:
             noise = ImageNoise(check_seeds(batch, seed), device)
