@@ -456,7 +456,7 @@ BAD = {
     "another_shape": (lambda q, k, v: (q, k[:, :, :4], v), {}, "k is torch.float32 (1, 2, 4, 8) on cpu and q"),
     "another_dtype": (lambda q, k, v: (q, k, v.half()), {}, "v is torch.float16"),
     "another_device": (lambda q, k, v: (q, k.to("meta"), v), {}, "k is torch.float32 (1, 2, 5, 8) on meta"),
-    "integers": (lambda q, k, v: (q.int(), k.int(), v.int()), {}, "q is torch.int32, give floating-point"),
+    "integers": (lambda q, k, v: (q.int(), k.int(), v.int()), {}, "q is torch.int32, give a floating-point"),
     "no_positions": (lambda q, k, v: (q[:, :, :0], k[:, :, :0], v[:, :, :0]), {}, "with H, L, D > 0"),
     "other_lengths": (lambda q, k, v: (q, k, v), {"lengths": (1, 3)}, "scales have (1, 3) positions, give positive"),
     "an_empty_scale": (lambda q, k, v: (q, k, v), {"lengths": (1, 0, 4)}, "that sum to L = 5"),
@@ -483,7 +483,7 @@ BAD_QKV = {
     ),
     "heads": (lambda qkv, q, v, s: (qkv, q, v, torch.zeros(3)), "log_scale has shape (3,), give 2 elements"),
     "device": (lambda qkv, q, v, s: (qkv, q, v.to("meta"), s), "v_bias is on meta and qkv on cpu"),
-    "integers": (lambda qkv, q, v, s: (qkv, q.long(), v, s), "give floating-point tensors"),
+    "integers": (lambda qkv, q, v, s: (qkv, q.long(), v, s), "q_bias is torch.int64, give a floating-point"),
 }
 
 

@@ -370,7 +370,10 @@ BAD = {
     "short_bias": (lambda a: a | {"q_bias": torch.zeros(5)}, "q_bias has shape (5,), give 64 elements for 2 heads"),
     "heads": (lambda a: a | {"log_scale": torch.zeros(3)}, "log_scale has shape (3,), give 2 elements"),
     "bias_elsewhere": (lambda a: a | {"v_bias": torch.zeros(64, device="meta")}, "v_bias is on meta and qkv on cpu"),
-    "integers": (lambda a: a | {"q_bias": torch.zeros(64).long()}, "give floating-point tensors"),
+    "integers": (
+        lambda a: a | {"q_bias": torch.zeros(64).long()},
+        "q_bias is torch.int64, give a floating-point tensor",
+    ),
 }
 
 

@@ -383,7 +383,7 @@ def test_fake_tensors_reach_no_kernel() -> None:
 BAD = {
     "two_axes": (lambda x, q: (x[0], q), "logits have shape (3, 8), give (B, n, V)"),
     "no_codes": (lambda x, q: (x[..., :0], q[:, :0]), "logits have shape (4, 3, 0), give (B, n, V) with V from 1"),
-    "integers": (lambda x, q: (x.int(), q), "logits are torch.int32"),
+    "integers": (lambda x, q: (x.int(), q), "logits is torch.int32, give a floating-point"),
     "odd_batch": (lambda x, q: (x[:3], q), "logits have shape (3, 3, 8), with guidance give (2B, n, V)"),
     "guidance_nan": (lambda x, q: (x, q, float("nan")), "guidance is nan, give a finite number"),
     "top_k_negative": (lambda x, q: (x, q, 1.5, -1), "top_k is -1, give an integer in [0, 8]"),

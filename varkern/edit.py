@@ -7,13 +7,15 @@ A part of an image is kept, the rest is generated; no training is involved (VAR,
 >>> edited = varkern.edit.inpaint(var, images, box=(0.25, 0.25, 0.75, 0.75), seed=0).images
 """
 
-import math
+from collections.abc import Iterable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from varkern.engine import Generation, Keep, generate
+from varkern.engine.arguments import check_integer, check_model, described
 from varkern.models.var import VAR
 
 Box = tuple[float, float, float, float]
@@ -26,8 +28,12 @@ def box_mask(side: int, box: Box) -> Tensor:
 
     Edges are rounded to whole tokens. Raises ValueError where the box is empty or leaves the image.
     """
-    top, left, bottom, right = box
-    if not (all(math.isfinite(edge) for edge in box) and 0 <= top < bottom <= 1 and 0 <= left < right <= 1):
+    side = check_integer("side", side, 1, 2**15)
+    edges = list(box) if isinstance(box, Iterable) else []
+    if len(edges) != 4 or not all(isinstance(edge, int | float | np.integer | np.floating) for edge in edges):
+        raise ValueError(f"box must be four numbers (top, left, bottom, right), fractions of the image; got {box!r}")
+    top, left, bottom, right = edges
+    if not (all(-1 <= edge <= 1 for edge in edges) and 0 <= top < bottom <= 1 and 0 <= left < right <= 1):
         raise ValueError(
             f"box must be (top, left, bottom, right) with 0 <= top < bottom <= 1, and left < right; got {box}"
         )
@@ -41,13 +47,15 @@ def box_mask(side: int, box: Box) -> Tensor:
 
 def _region(var: VAR, box: Box | None, mask: Tensor | None) -> Tensor:
     """The region (p_K, p_K) or (B, p_K, p_K) that a box or a mask of any size marks, in [0, 1]."""
+    check_model(var)
     side = var.patch_nums[-1]
     if (box is None) == (mask is None):
         raise ValueError("name the region by either box=(top, left, bottom, right) or mask, not both")
     if box is not None:
         return box_mask(side, box).to(var.lvl_1L.device)
-    assert mask is not None
-    if mask.ndim not in (2, 3):
+    if not isinstance(mask, Tensor) or mask.layout is not torch.strided or mask.is_complex() or mask.is_meta:
+        raise TypeError(f"mask must be a dense tensor of numbers, got {described(mask)}")
+    if mask.ndim not in (2, 3) or max(mask.shape, default=0) > 2**15:
         raise ValueError(f"mask must be (H, W) or (B, H, W), got {tuple(mask.shape)}")
     region = mask.to(device=var.lvl_1L.device, dtype=torch.float32)
     if region.numel() == 0 or not bool(((region >= 0) & (region <= 1)).all()):
@@ -71,9 +79,10 @@ def _edit(
     more_smooth: bool,
 ) -> Generation:
     vae = var.vae_proxy[0]
+    vae.check_images(images)
     if keep.ndim == 3 and keep.shape[0] != images.shape[0]:
         raise ValueError(f"mask holds {keep.shape[0]} regions for {images.shape[0]} images; pass one, or one an image")
-    if images.is_floating_point() and images.numel() and (images.min() < -1 or images.max() > 1):
+    if images.numel() and not (images.min() >= -1 and images.max() <= 1):  # nor NaN
         raise ValueError(f"images must be in [-1, 1], got {images.min():.3g} to {images.max():.3g}")
     with torch.no_grad():
         tokens = vae.img_to_idxBl(images)

@@ -1,58 +1,90 @@
 """Checks of what a caller asks for, made before anything is drawn or computed."""
 
+import contextlib
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import SupportsIndex
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from varkern.engine.options import Keep, Options
 from varkern.models.var import VAR
 from varkern.ops.sampling import draw_noise
 
+_LARGEST_BATCH = 2**31 - 1
+_SEEDS = range(-(2**63), 2**64)  # what torch.Generator takes
 
-def check_sampling(vocab_size: int, cfg: float, top_k: int, top_p: float) -> None:
-    """Raises ValueError where a sampling parameter is outside its domain."""
+
+def check_integer(name: str, value: object, low: int, high: int, meaning: str = "") -> int:
+    """The value as an int (NumPy's integers are ones, booleans are none); raises ValueError out of its range."""
+    if isinstance(value, SupportsIndex) and not isinstance(value, bool | Tensor):
+        number = operator.index(value)
+        if low <= number <= high:
+            return number
+    raise ValueError(f"{name} must be an integer in [{low}, {high}]{meaning}, got {value!r}")
+
+
+def _number(name: str, value: object) -> float:
+    if isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool):
+        with contextlib.suppress(OverflowError):
+            return float(value)
+    raise ValueError(f"{name} must be a number, got {value!r}")
+
+
+def check_options(var: VAR, options: Options) -> Options:
+    """The options in plain Python numbers; raises ValueError or TypeError where one is outside its domain."""
+    cfg, top_p = _number("cfg", options.cfg), _number("top_p", options.top_p)
     if not (math.isfinite(cfg) and cfg >= 0):
-        raise ValueError(f"cfg must be a finite number >= 0 (0: no guidance), got {cfg}")
-    if isinstance(top_k, bool) or not isinstance(top_k, int) or not 0 <= top_k <= vocab_size:
-        raise ValueError(f"top_k must be an integer in [0, {vocab_size}] (0: off), got {top_k}")
+        raise ValueError(f"cfg must be a finite number >= 0 (0: no guidance), got {options.cfg}")
+    top_k = check_integer("top_k", options.top_k, 0, var.V, " (0: off)")
     if not 0.0 <= top_p <= 1.0:
-        raise ValueError(f"top_p must be in [0, 1] (0: off), got {top_p}")
+        raise ValueError(f"top_p must be in [0, 1] (0: off), got {options.top_p}")
+    if not isinstance(options.more_smooth, bool | np.bool_):
+        raise TypeError(f"more_smooth must be True or False, got {options.more_smooth!r}")
+    return replace(options, cfg=cfg, top_k=top_k, top_p=top_p, more_smooth=bool(options.more_smooth))
 
 
-def check_batch(name: str, batch: int) -> None:
-    """Raises ValueError unless it is a positive integer."""
-    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
-        raise ValueError(f"{name} must be a positive integer, got {batch!r}")
+def check_batch(name: str, batch: object) -> int:
+    """The batch as an int; raises ValueError unless it is a positive integer."""
+    if isinstance(batch, SupportsIndex) and not isinstance(batch, bool | Tensor):
+        size = operator.index(batch)
+        if 1 <= size <= _LARGEST_BATCH:
+            return size
+    raise ValueError(f"{name} must be a positive integer (at most {_LARGEST_BATCH}), got {batch!r}")
 
 
-def check_seeds(batch: int, seeds: Sequence[int]) -> list[int]:
+def check_seed(seed: object) -> int:
+    """The seed as an int; raises ValueError for anything that a generator does not take."""
+    return check_integer("the seed", seed, _SEEDS.start, _SEEDS.stop - 1)
+
+
+def check_seeds(batch: int, seeds: object) -> list[int]:
     """A seed an image; raises ValueError for another number of them, or anything but integers."""
-    seeds = list(seeds)
-    if len(seeds) != batch or not all(isinstance(seed, int) and not isinstance(seed, bool) for seed in seeds):
-        raise ValueError(f"give one integer seed, or one for each of the {batch} images; got {seeds!r}")
-    return seeds
+    entries = list(seeds) if isinstance(seeds, Iterable) and not isinstance(seeds, str | bytes) else []
+    integers = all(isinstance(seed, SupportsIndex) and not isinstance(seed, bool | Tensor) for seed in entries)
+    if len(entries) != batch or not integers:
+        raise ValueError(f"give one integer seed, or one for each of the {batch} images; got {entries or seeds!r}")
+    return [check_seed(seed) for seed in entries]
 
 
-def check_labels(var: VAR, batch: int, labels: int | Sequence[int] | Tensor | None) -> Tensor | None:
+def check_labels(var: VAR, batch: int, labels: object) -> Tensor | None:
     """Labels (B,) int64 on the model's device, or None where they are to be drawn.
 
     An int serves the whole batch, negative meaning "no class". Raises TypeError or ValueError for anything else
     than B integers in [0, num_classes].
     """
     device = var.lvl_1L.device
-    check_batch("the batch size B", batch)
     if labels is None:
         return None
-    home = device
-    if isinstance(labels, int):
-        labels = torch.full((batch,), var.num_classes if labels < 0 else labels, device="cpu")
-        home = labels.device
-    elif not isinstance(labels, Tensor):
-        labels = torch.tensor(list(labels), device="cpu")
-        home = labels.device
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"labels must be integers, got {labels.dtype}")
+    home = device if isinstance(labels, Tensor) else torch.device("cpu")
+    if not isinstance(labels, Tensor):
+        labels = _label_tensor(var, batch, labels)
+    if labels.dtype not in _INTEGERS or labels.layout is not torch.strided:
+        raise TypeError(f"labels must be integers, got a {labels.dtype} {labels.layout} tensor")
     if tuple(labels.shape) != (batch,):
         raise ValueError(f"label_B must hold B = {batch} labels, got shape {tuple(labels.shape)}")
     if labels.device != home:
@@ -62,6 +94,61 @@ def check_labels(var: VAR, batch: int, labels: int | Sequence[int] | Tensor | No
     if low < 0 or high > var.num_classes:
         raise ValueError(f"labels must be in [0, {var.num_classes}], {var.num_classes} = no class; got {low}..{high}")
     return labels.long().to(device, non_blocking=True)
+
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def _label_tensor(var: VAR, batch: int, labels: object) -> Tensor:
+    """Labels that are given as one integer, or as a sequence of them, on the CPU."""
+    wrong = TypeError(f"labels must be an integer, {batch} integers or a tensor of them, got {labels!r}")
+    if isinstance(labels, SupportsIndex) and not isinstance(labels, bool | Tensor | np.ndarray):
+        label = operator.index(labels)
+        if label > var.num_classes:
+            raise ValueError(
+                f"labels must be in [0, {var.num_classes}], {var.num_classes} = no class; got {label}..{label}"
+            )
+        return torch.full((batch,), var.num_classes if label < 0 else label, device="cpu")
+    if not isinstance(labels, Iterable) or isinstance(labels, str | bytes):
+        raise wrong
+    try:
+        return torch.tensor(list(labels), device="cpu")
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise wrong from None
+
+
+def check_keep(var: VAR, batch: int, keep: object) -> None:
+    """Raises TypeError or ValueError where what editing keeps does not fit the model and the batch."""
+    if keep is None:
+        return
+    if not isinstance(keep, Keep):
+        raise TypeError(f"keep must be a varkern.engine.Keep, got {type(keep).__name__}")
+    device, side, scales = var.lvl_1L.device, var.patch_nums[-1], len(var.patch_nums)
+    if not isinstance(keep.tokens, Sequence) or len(keep.tokens) != scales:
+        count = len(keep.tokens) if isinstance(keep.tokens, Sequence) else type(keep.tokens).__name__
+        raise ValueError(f"keep.tokens must be the token maps of all {scales} scales, got {count}")
+    for tokens, p in zip(keep.tokens, var.patch_nums, strict=True):
+        if not isinstance(tokens, Tensor) or tokens.layout is not torch.strided or tokens.device != device:
+            raise TypeError(f"keep.tokens must be dense tensors on {device}, got {described(tokens)}")
+        if tokens.dtype not in (torch.int64, torch.int32) or tuple(tokens.shape) != (batch, p * p):
+            raise ValueError(f"keep.tokens must be int64 {(batch, p * p)} at {p}x{p}, got {described(tokens)}")
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= var.V:
+            raise ValueError(f"keep.tokens must be in [0, {var.V - 1}], got {low}..{high} at {p}x{p}")
+    mask = keep.mask
+    if not isinstance(mask, Tensor) or mask.layout is not torch.strided or mask.is_complex() or mask.device != device:
+        raise TypeError(f"keep.mask must be a dense real tensor on {device}, got {described(mask)}")
+    if tuple(mask.shape) not in ((side, side), (batch, side, side)):
+        raise ValueError(
+            f"keep.mask must be {(side, side)}, or {(batch, side, side)} for each image, got {tuple(mask.shape)}"
+        )
+
+
+def described(value: object) -> str:
+    """What a message says of a value that is not the tensor it should be."""
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {tuple(value.shape)} on {value.device} ({value.layout})"
+    return type(value).__name__
 
 
 def draw_labels(var: VAR, batch: int, generator: torch.Generator | None) -> Tensor:
@@ -75,6 +162,9 @@ def draw_labels(var: VAR, batch: int, generator: torch.Generator | None) -> Tens
 
 def check_model(var: VAR) -> None:
     """Raises where transformer and tokenizer cannot work together."""
+    # By what it has and not by its type: torch.compile and other wrappers pass the attributes on.
+    if not hasattr(var, "vae_proxy"):
+        raise TypeError(f"var must be a varkern.VAR, got {type(var).__name__}")
     vae = var.vae_proxy[0]
     ours, theirs = var.pos_start.device, vae.post_quant_conv.weight.device
     if ours != theirs:

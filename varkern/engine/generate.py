@@ -6,12 +6,21 @@ import contextlib
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
 
 from varkern.engine import graphs
-from varkern.engine.arguments import check_batch, check_labels, check_model, check_sampling, check_seeds
+from varkern.engine.arguments import (
+    check_batch,
+    check_keep,
+    check_labels,
+    check_model,
+    check_options,
+    check_seed,
+    check_seeds,
+)
 from varkern.engine.cached import Noise, cached_scales
 from varkern.engine.noise import BatchNoise, ImageNoise
 from varkern.engine.options import Generation, Keep, Options, ScaleStep
@@ -70,7 +79,12 @@ def generate(
     """
     request = _Request.checked(var, batch, labels, seed, Options(cfg, top_k, top_p, more_smooth, keep), max_batch)
     captured = graphs.Request(
-        var, batch, request.noise, request.options, request.backend, functools.partial(_computed, request.options)
+        var,
+        request.batch,
+        request.noise,
+        request.options,
+        request.backend,
+        functools.partial(_computed, request.options),
     )
     why_not = captured.why_not(max_batch)
     if cuda_graph and why_not is not None:
@@ -145,8 +159,9 @@ class _Request:
         max_batch: int | None,
     ) -> _Request:
         check_model(var)
-        check_sampling(var.V, options.cfg, options.top_k, options.top_p)
+        options, batch = check_options(var, options), check_batch("the batch size B", batch)
         label_B = check_labels(var, batch, labels)
+        check_keep(var, batch, options.keep)
         check_batch("max_batch", 1 if max_batch is None else max_batch)
         backend, device = current_backend(), var.lvl_1L.device
         if options.more_smooth and backend is None and var.head.weight.dtype == torch.float32:
@@ -154,8 +169,8 @@ class _Request:
             # order of operations gives the published image within 1e-3.
             backend = "reference"
         noise: BatchNoise | ImageNoise
-        if seed is None or isinstance(seed, int):
-            generator = None if seed is None else torch.Generator(device=device).manual_seed(seed)
+        if seed is None or isinstance(seed, SupportsIndex):
+            generator = None if seed is None else torch.Generator(device=device).manual_seed(check_seed(seed))
             noise = BatchNoise(batch, device, generator)
         else:
             noise = ImageNoise(check_seeds(batch, seed), device)
@@ -172,7 +187,7 @@ class _Request:
 
     def in_parts_that_fit(self, label_B: Tensor, max_batch: int | None) -> Generation:
         """The batch, ``max_batch`` images at a time, or as many as there is memory for."""
-        size = self.batch if max_batch is None else min(self.batch, max_batch)
+        size = self.batch if max_batch is None else min(self.batch, int(max_batch))
         while True:
             # Parts draw from copies of the generators: what fails for lack of memory has drawn nothing.
             with contextlib.suppress(torch.OutOfMemoryError):

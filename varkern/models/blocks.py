@@ -7,11 +7,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from varkern.ops import reference_forced
+from varkern.ops._library import check_floats
 from varkern.ops.attention import BlockCausal, block_causal_attention_qkv
 from varkern.ops.attention_peers import peer_attention
 from varkern.ops.attention_reference import attention_reference, normalize_qk_reference
 from varkern.ops.decode import cached_attention
 from varkern.ops.norm import modulated_layer_norm
+
+
+def check_block(op: str, x: Tensor, cond_BD: Tensor, C: int) -> None:
+    """Raises TypeError or ValueError unless x is (B, n, C) and the condition has its batch and a last axis of C."""
+    check_floats(op, ("x" if op != "get_logits" else "h", "cond_BD"), (x, cond_BD))
+    if x.dim() != 3 or x.shape[2] != C or cond_BD.dim() < 2 or cond_BD.shape[0] != x.shape[0] or cond_BD.shape[-1] != C:
+        raise ValueError(
+            f"{op}: the input has shape {tuple(x.shape)} and cond_BD {tuple(cond_BD.shape)}, give (B, n, {C}) and a "
+            f"condition of B rows of {C}"
+        )
 
 
 class DropPath(nn.Module):
@@ -180,6 +191,7 @@ class AdaLNSelfAttn(nn.Module):
 
     def forward(self, x: Tensor, cond_BD: Tensor, attn_bias: Tensor | BlockCausal | None) -> Tensor:
         """x (B, n, C); cond_BD (B, D), or with shared AdaLN the shared projection (B, 1, 6, C) -> (B, n, C)."""
+        check_block("AdaLNSelfAttn", x, cond_BD, self.C)
         return self.modulated(x, self.modulation(cond_BD), attn_bias)
 
     def modulation(self, cond_BD: Tensor) -> Tensor:

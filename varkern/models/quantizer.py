@@ -9,7 +9,26 @@ from torch import Tensor, nn
 
 from varkern.models.schedule import as_patch_nums, as_sizes, phi_index
 from varkern.ops import quantize as ops
+from varkern.ops._library import check_floats
 from varkern.ops.quantize import Size
+
+
+def check_map(op: str, name: str, h: Tensor, channels: int | None, device: torch.device) -> None:
+    """Raises TypeError for what is no tensor, ValueError for a map that is not (B, channels, H, W) on the device."""
+    check_floats(op, (name,), (h,))
+    if channels is not None and (h.ndim != 4 or h.shape[1] != channels or 0 in h.shape[2:]):
+        raise ValueError(f"{op}: {name} must be (B, {channels}, H, W), got {tuple(h.shape)}")
+    if h.device != device:
+        raise ValueError(f"{op}: {name} are on {h.device} but the tokenizer is on {device}; move one of them")
+
+
+def check_maps(name: str, maps: Sequence[Tensor], meaning: str) -> None:
+    """Raises TypeError for what is no sequence of dense tensors, ValueError for none."""
+    if not isinstance(maps, Sequence) or not all(isinstance(m, Tensor) and m.layout is torch.strided for m in maps):
+        kinds = [type(m).__name__ for m in maps] if isinstance(maps, Sequence) else type(maps).__name__
+        raise TypeError(f"{name} must be a sequence of {meaning}, dense tensors, got {kinds}")
+    if not maps:
+        raise ValueError(f"{name} is empty, give {meaning} of each scale")
 
 
 class PhiConv(nn.Conv2d):
@@ -126,6 +145,7 @@ class VectorQuantizer2(nn.Module):
         While training under torch.distributed the hit counts are summed over processes into `ema_vocab_hit_SV`;
         the usages count codes whose average there reaches 8 % of an even share.
         """
+        check_map("VectorQuantizer2", "features", f_BChw, self.Cvae, self.embedding.weight.device)
         with torch.autocast(f_BChw.device.type, enabled=False):
             sizes = as_sizes(self.v_patch_nums)
             f_BChw = f_BChw.float()
@@ -160,10 +180,17 @@ class VectorQuantizer2(nn.Module):
 
         With ``all_to_max_scale=False`` the k-th f_hat has size p_k instead of p_K.
         """
+        check_maps("ms_h_BChw", ms_h_BChw, "embeddings (B, Cv, p_k, p_k)")
+        if len(ms_h_BChw) != len(self.v_patch_nums):
+            raise ValueError(
+                f"expected embeddings of {len(self.v_patch_nums)} scales {self.v_patch_nums}, got {len(ms_h_BChw)}"
+            )
+        for h in ms_h_BChw:
+            check_map("embed_to_fhat", "embeddings", h, self.Cvae, self.embedding.weight.device)
+            if h.shape[0] != ms_h_BChw[0].shape[0]:
+                raise ValueError(f"embeddings must have one batch size, got {[h.shape[0] for h in ms_h_BChw]}")
         with torch.autocast(ms_h_BChw[0].device.type, enabled=False):
             phis, maps = self.phis(len(self.v_patch_nums)), [h.float() for h in ms_h_BChw]
-            if len(maps) != len(phis):
-                raise ValueError(f"expected embeddings of {len(phis)} scales {self.v_patch_nums}, got {len(maps)}")
             if all_to_max_scale:
                 full = as_sizes(self.v_patch_nums)[-1]
                 indices, vectors, sizes = ops.maps_as_codes(maps)
@@ -180,6 +207,7 @@ class VectorQuantizer2(nn.Module):
         ``v_patch_nums`` may hold ints or (h, w) pairs; its last entry must be (H, W), else ValueError.
         """
         sizes = as_sizes(self.v_patch_nums if v_patch_nums is None else v_patch_nums)
+        check_map("f_to_idxBl_or_fhat", "features", f_BChw, None, self.embedding.weight.device)
         if f_BChw.ndim != 4 or f_BChw.shape[1] != self.Cvae or (f_BChw.shape[2], f_BChw.shape[3]) != sizes[-1]:
             raise ValueError(
                 f"features must be (B, {self.Cvae}, {sizes[-1][0]}, {sizes[-1][1]}) for this schedule, got "
@@ -194,9 +222,28 @@ class VectorQuantizer2(nn.Module):
         return f_hats if to_fhat else indices
 
     def _check_tokens(self, ms_idx_Bl: Sequence[Tensor]) -> None:
+        check_maps("token maps", ms_idx_Bl, "indices (B, n_k)")
         for idx, (h, w) in zip(ms_idx_Bl, as_sizes(self.v_patch_nums), strict=False):
             if idx.ndim != 2 or idx.shape[1] != h * w:
                 raise ValueError(f"the tokens of a {h}x{w} map must be (B, {h * w}), got {tuple(idx.shape)}")
+        self.check_codes(ms_idx_Bl)
+
+    def check_codes(self, ms_idx_Bl: Sequence[Tensor]) -> None:
+        """Raises TypeError, ValueError or, on the CPU alone, IndexError for tokens that are no codes of ours."""
+        device, batch = self.embedding.weight.device, ms_idx_Bl[0].shape[:1]
+        for idx in ms_idx_Bl:
+            if idx.dtype not in (torch.int64, torch.int32):
+                raise TypeError(f"tokens are {idx.dtype}, give int64")
+            if idx.ndim != 2 or idx.shape[:1] != batch or idx.shape[1] == 0 or idx.device != device:
+                raise ValueError(
+                    f"tokens must be (B, n_k) with one B on {device}, got {tuple(idx.shape)} on {idx.device} after "
+                    f"{tuple(ms_idx_Bl[0].shape)}"
+                )
+            # Reading values would wait for an accelerator, and break a graph that is being compiled.
+            if device.type == "cpu" and idx.numel() and not torch.compiler.is_compiling():
+                low, high = int(idx.min()), int(idx.max())
+                if low < 0 or high >= self.vocab_size:
+                    raise IndexError(f"tokens must be in [0, {self.vocab_size - 1}], got {low}..{high}")
 
     def embeddings(self, ms_idx_Bl: Sequence[Tensor]) -> list[Tensor]:
         """Code embeddings (B, Cv, p_k, p_k) float32 of the indices (B, n_k) of the first scales."""
@@ -215,10 +262,11 @@ class VectorQuantizer2(nn.Module):
         produced = len(sizes) - 1 if self.prog_si < 0 else min(self.prog_si, len(sizes) - 1)
         if produced == 0:
             return None
+        check_maps("gt_ms_idx_Bl", gt_ms_idx_Bl, "token maps (B, n_k)")
         if len(gt_ms_idx_Bl) < produced:
             raise ValueError(f"the input of scale {produced + 1} needs {produced} token maps, got {len(gt_ms_idx_Bl)}")
+        self._check_tokens(gt_ms_idx_Bl[:produced])
         with torch.no_grad(), torch.autocast(gt_ms_idx_Bl[0].device.type, enabled=False):
-            self._check_tokens(gt_ms_idx_Bl[:produced])
             indices, phis = torch.cat(list(gt_ms_idx_Bl[:produced]), dim=1), self.phis(len(sizes))
             return ops.teacher_forcing_input(indices, self._codebook(), phis[:produced], sizes)
 
@@ -227,6 +275,13 @@ class VectorQuantizer2(nn.Module):
 
         Returns f_hat and its area-downsampling to p_{k+1}; at the last scale both are f_hat.
         """
+        scales = len(self.v_patch_nums)
+        if not (isinstance(si, int) and isinstance(SN, int) and scales == SN and 0 <= si < scales):
+            raise ValueError(
+                f"si={si!r} of SN={SN!r}: give a scale in [0, {scales - 1}] and the number of all, {scales}"
+            )
+        for name, h in (("f_hat", f_hat), ("h_BChw", h_BChw)):
+            check_map("get_next_autoregressive_input", name, h, self.Cvae, self.embedding.weight.device)
         following: Size | None = as_sizes(self.v_patch_nums)[si + 1] if si != SN - 1 else None
         with torch.autocast(f_hat.device.type, enabled=False):
             phi = phi_of(self.quant_resi[si / (SN - 1)])

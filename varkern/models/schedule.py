@@ -1,6 +1,7 @@
 """The schedule of token maps: side lengths p_1 < ... < p_K, coarse to fine."""
 
 import math
+import operator
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -18,9 +19,12 @@ def as_sizes(patch_nums: Sequence[int | Sequence[int]]) -> list[Size]:
     Raises ValueError unless there are at least two scales and each is larger than the one before.
     """
     sizes: list[Size] = []
-    for p in patch_nums:
-        h, w = (p, p) if isinstance(p, int) else tuple(int(side) for side in p)
-        sizes.append((h, w))
+    try:
+        for p in patch_nums:
+            h, w = (operator.index(side) for side in (p if isinstance(p, Sequence) else (p, p)))
+            sizes.append((h, w))
+    except (TypeError, ValueError):
+        raise TypeError(f"patch_nums must be integers or (height, width) pairs of them, got {patch_nums!r}") from None
     grows = all(a[0] <= b[0] and a[1] <= b[1] and a != b for a, b in pairwise(sizes))
     if len(sizes) < 2 or min(min(s) for s in sizes) < 1 or not grows:
         raise ValueError(

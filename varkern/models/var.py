@@ -11,10 +11,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from varkern.models.blocks import AdaLNBeforeHead, AdaLNSelfAttn, SharedAdaLin
+from varkern.models.blocks import AdaLNBeforeHead, AdaLNSelfAttn, SharedAdaLin, check_block
 from varkern.models.quantizer import VectorQuantizer2
 from varkern.models.schedule import PATCH_NUMS_256, as_patch_nums
 from varkern.models.vqvae import VQVAE
+from varkern.ops._library import check_floats, check_tensors
 from varkern.ops.attention import BlockCausal
 from varkern.ops.attention_peers import check_attention
 from varkern.ops.attention_reference import block_causal_mask
@@ -188,6 +189,7 @@ class VAR(nn.Module):
 
     def get_logits(self, h: Tensor, cond_BD: Tensor) -> Tensor:
         """Hidden states (B, n, C), condition (B, C) -> logits (B, n, V) float32."""
+        check_block("get_logits", h, cond_BD, self.C)
         return self.head(self.head_nm(h.float(), cond_BD).to(self.head.weight.dtype)).float()
 
     def forward(self, label_B: Tensor, x_BLCv_wo_first_l: Tensor) -> Tensor:
@@ -224,6 +226,7 @@ class VAR(nn.Module):
         return self.get_logits(x_BLC, cond_BD)
 
     def _check_forward(self, labels: Tensor, x: Tensor, inputs: int) -> None:
+        check_tensors("VAR.forward", ("label_B",), (labels,))
         if labels.ndim != 1 or labels.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"label_B must be (B,) integers, got {tuple(labels.shape)} {labels.dtype}")
         # Reading values would wait for an accelerator, and break a graph that is being compiled.
@@ -235,6 +238,7 @@ class VAR(nn.Module):
                 )
         if self.prog_si == 0:
             return
+        check_floats("VAR.forward", ("x_BLCv_wo_first_l",), (x,))
         want = (labels.shape[0], inputs, self.Cvae)
         if tuple(x.shape) != want:
             raise ValueError(f"x_BLCv_wo_first_l must be {want} for {labels.shape[0]} labels, got {tuple(x.shape)}")

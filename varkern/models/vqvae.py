@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from varkern.models.quantizer import VectorQuantizer2
+from varkern.models.quantizer import VectorQuantizer2, check_map, check_maps
 from varkern.models.schedule import PATCH_NUMS_256, as_sizes, patch_nums_of_lengths
 from varkern.ops import reference_forced
-from varkern.ops._library import needs_gradient
+from varkern.ops._library import check_floats, needs_gradient
 from varkern.ops.conv import Norm, conv3x3
 from varkern.ops.group_norm import group_norm_silu
 
@@ -273,19 +273,25 @@ class VQVAE(nn.Module):
             self.eval()
             self.requires_grad_(False)
 
-    def _features(self, img: Tensor, size: tuple[int, int]) -> Tensor:
-        """Features (B, Cv, h, w) of images (B, in_channels, f * h, f * w); the size is checked."""
+    def check_images(self, img: Tensor, size: tuple[int, int] | None = None) -> None:
+        """Raises TypeError or ValueError for what are no images of a feature size, by default the schedule's last."""
+        size = as_sizes(self.quantize.v_patch_nums)[-1] if size is None else size
         want = (self.in_channels, size[0] * self.downsample, size[1] * self.downsample)
+        weight = self.encoder.conv_in.weight
+        check_floats("VQVAE", ("images",), (img,))
         if img.ndim != 4 or tuple(img.shape[1:]) != want:
             raise ValueError(
                 f"images must be (B, {want[0]}, {want[1]}, {want[2]}) for a schedule that ends in {size[0]}x{size[1]} "
                 f"(downsampling by {self.downsample}), got {tuple(img.shape)}; resize them or pass another v_patch_nums"
             )
-        weight = self.encoder.conv_in.weight
         if img.dtype != weight.dtype and not torch.is_autocast_enabled(img.device.type):
             raise TypeError(f"images are {img.dtype} but the tokenizer is {weight.dtype}; convert one of them")
         if img.device != weight.device:
             raise ValueError(f"images are on {img.device} but the tokenizer is on {weight.device}; move one of them")
+
+    def _features(self, img: Tensor, size: tuple[int, int]) -> Tensor:
+        """Features (B, Cv, h, w) of images (B, in_channels, f * h, f * w); the size is checked."""
+        self.check_images(img, size)
         return self.quant_conv(self.encoder(img))
 
     def _decode(self, f_hat: Tensor) -> Tensor:
@@ -299,6 +305,7 @@ class VQVAE(nn.Module):
 
     def fhat_to_img(self, f_hat: Tensor) -> Tensor:
         """Quantized features (B, Cv, h, w) -> images (B, in_channels, f * h, f * w), clamped to [-1, 1]."""
+        check_map("fhat_to_img", "f_hat", f_hat, self.Cvae, self.post_quant_conv.weight.device)
         return self._decode(f_hat).clamp_(-1, 1)
 
     def img_to_idxBl(
@@ -313,6 +320,8 @@ class VQVAE(nn.Module):
         self, ms_idx_Bl: Sequence[Tensor], same_shape: bool, last_one: bool = False
     ) -> list[Tensor] | Tensor:
         """Token indices (B, n_k) of each scale -> the image after each scale, or the last; see `embed_to_img`."""
+        check_maps("ms_idx_Bl", ms_idx_Bl, "token maps (B, n_k)")
+        self.quantize.check_codes(ms_idx_Bl)
         maps = []
         for idx, p in zip(ms_idx_Bl, patch_nums_of_lengths([i.shape[1] for i in ms_idx_Bl]), strict=True):
             maps.append(self.quantize.embedding(idx).transpose(1, 2).reshape(idx.shape[0], self.Cvae, p, p))

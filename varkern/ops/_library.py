@@ -21,11 +21,13 @@ import contextlib
 import functools
 import importlib
 import os
+import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType, TracebackType
 from typing import Any, ClassVar, TypeVar
 
+import numpy as np
 import torch
 from torch.autograd import forward_ad
 
@@ -42,7 +44,7 @@ library = torch.library.Library("varkern", "DEF")
 
 
 def _checked(name: str | None, source: str) -> str | None:
-    if name is not None and name not in BACKENDS:
+    if name is not None and not (isinstance(name, str) and name in BACKENDS):
         raise ValueError(
             f"{source} is {name!r}: name one of {', '.join(BACKENDS)}, or leave it unset to choose freely."
         )
@@ -270,6 +272,48 @@ def dtype_why_not(*tensors: torch.Tensor) -> str | None:
         if tensor.dtype not in DTYPE_CODES:
             return f"{tensor.dtype} is none of float32, float16 and bfloat16"
     return None
+
+
+_FLOATING = frozenset((*DTYPE_CODES, torch.float64))
+_INTEGERS = (int, np.integer, torch.SymInt)
+_NUMBERS = (*_INTEGERS, float, np.floating, torch.SymFloat)
+_LARGEST = sys.float_info.max
+
+
+def check_tensors(op: str, names: Sequence[str], tensors: Sequence[object], optional: bool = False) -> None:
+    """Raises ``TypeError`` for what is no tensor, unless it is optional and None, ``ValueError`` for a sparse one."""
+    for name, tensor in zip(names, tensors, strict=True):
+        if isinstance(tensor, torch.Tensor):
+            if tensor.layout is not torch.strided:
+                raise ValueError(f"{op}: {name} is a {tensor.layout} tensor, give a dense one.")
+        elif tensor is not None or not optional:
+            raise TypeError(f"{op}: {name} is {type(tensor).__name__}, give a tensor.")
+
+
+def check_floats(op: str, names: Sequence[str], tensors: Sequence[object], optional: bool = False) -> None:
+    """As ``check_tensors``, and ``ValueError`` for another dtype than float16, bfloat16, float32 and float64."""
+    for name, tensor in zip(names, tensors, strict=True):
+        if isinstance(tensor, torch.Tensor):
+            if tensor.dtype not in _FLOATING:
+                raise ValueError(f"{op}: {name} is {tensor.dtype}, give a floating-point tensor of 16, 32 or 64 bits.")
+            if tensor.layout is not torch.strided:
+                raise ValueError(f"{op}: {name} is a {tensor.layout} tensor, give a dense one.")
+        elif tensor is not None or not optional:
+            raise TypeError(f"{op}: {name} is {type(tensor).__name__}, give a tensor.")
+
+
+def check_integer(op: str, name: str, value: object) -> None:
+    """Raises ``TypeError`` for what is no integer."""
+    if not isinstance(value, _INTEGERS):
+        raise TypeError(f"{op}: {name} is {value!r}, give an integer.")
+
+
+def check_number(op: str, name: str, value: Any, finite: bool = True) -> None:
+    """Raises ``TypeError`` for what is no number, ``ValueError`` for NaN, infinity and what no float can hold."""
+    if not isinstance(value, _NUMBERS):
+        raise TypeError(f"{op}: {name} is {value!r}, give a number.")
+    if finite and not -_LARGEST <= value <= _LARGEST:
+        raise ValueError(f"{op}: {name} is {value}, give a finite number.")
 
 
 def dense_last_axis(tensor: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,6 @@ with a temperature it divides q and k by their L2 norms (scaled cosine attention
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +19,8 @@ from torch import Tensor
 from varkern.ops._library import (
     Op,
     autograd,
+    check_floats,
+    check_number,
     cpu_why_not,
     current_backend,
     dense_last_axis,
@@ -33,6 +34,14 @@ from varkern.ops._library import (
     triton_why_not,
 )
 from varkern.ops._library import kernels as triton_kernels
+from varkern.ops.attention_checks import (
+    check_backward,
+    check_lengths,
+    check_projection,
+    check_qkv,
+    check_qkv_backward,
+    scale_lengths,
+)
 from varkern.ops.attention_launch import launch_backward, launch_forward
 from varkern.ops.attention_reference import (
     Prologue,
@@ -59,24 +68,6 @@ class BlockCausal:
 
     lengths: tuple[int, ...]
     attention: str = "varkern"
-
-
-def scale_lengths(
-    patch_nums: Sequence[int | Sequence[int]] | None, lengths: Sequence[int] | None, L: int
-) -> tuple[int, ...]:
-    """The number of positions of each scale; raises ``ValueError`` unless they are positive and sum to L."""
-    if (patch_nums is None) == (lengths is None):
-        raise ValueError("block_causal_attention: give patch_nums or lengths, one of them.")
-    if lengths is None:
-        assert patch_nums is not None
-        sides = [(p, p) if isinstance(p, int) else tuple(p) for p in patch_nums]
-        lengths = [math.prod(side) for side in sides]
-    lengths = tuple(int(n) for n in lengths)
-    if not lengths or min(lengths) < 1 or sum(lengths) != L:
-        raise ValueError(
-            f"block_causal_attention: the scales have {lengths} positions, give positive numbers that sum to L = {L}."
-        )
-    return lengths
 
 
 def block_causal_attention(
@@ -107,11 +98,13 @@ def block_causal_attention(
     """
     if layout not in ("BHLD", "BLHD"):
         raise ValueError(f"block_causal_attention: layout is {layout!r}, give 'BHLD' or 'BLHD'.")
+    check_floats("block_causal_attention", ("q", "k", "v"), (q, k, v))
     if layout == "BLHD":
         q, k, v = (tensor.transpose(1, 2) if tensor.dim() == 4 else tensor for tensor in (q, k, v))
-    _check_qkv(q, k, v)
+    check_qkv(q, k, v)
     lengths = scale_lengths(patch_nums, lengths, q.size(2))
     softmax_scale = q.size(3) ** -0.5 if softmax_scale is None else softmax_scale
+    check_number("block_causal_attention", "softmax_scale", softmax_scale)
     if reference_forced():
         out = block_causal_attention_reference(q, k, v, lengths, softmax_scale)
     elif needs_gradient(q, k, v):
@@ -147,49 +140,15 @@ def block_causal_attention_qkv(
     Raises ``ValueError`` for shapes, dtypes, devices or scales that do not fit, ``RuntimeError`` where the backend
     asked for cannot serve.
     """
-    _check_projection(qkv, q_bias, v_bias, log_scale)
+    check_projection(qkv, q_bias, v_bias, log_scale)
     lengths = scale_lengths(None, lengths, qkv.size(1))
+    check_number("block_causal_attention_qkv", "softmax_scale", softmax_scale)
     if reference_forced():
         return block_causal_attention_qkv_reference(qkv, q_bias, v_bias, log_scale, lengths, softmax_scale)
     arguments = (qkv, q_bias, v_bias, log_scale, lengths, softmax_scale, current_backend())
     if needs_gradient(*(tensor for tensor in arguments[:4] if tensor is not None)):
         return _AttentionQKV.apply(*arguments)[0]
     return torch.ops.varkern.block_causal_attention_qkv(*arguments)[0]
-
-
-def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
-    if q.dim() != 4 or 0 in q.shape[1:]:
-        raise ValueError(f"block_causal_attention: q has shape {tuple(q.shape)}, give (B, H, L, D) with H, L, D > 0.")
-    if not q.is_floating_point():
-        raise ValueError(f"block_causal_attention: q is {q.dtype}, give floating-point tensors.")
-    for name, tensor in (("k", k), ("v", v)):
-        if tensor.shape != q.shape or tensor.dtype != q.dtype or tensor.device != q.device:
-            raise ValueError(
-                f"block_causal_attention: {name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device} and q "
-                f"{q.dtype} {tuple(q.shape)} on {q.device}, give them one dtype, shape and device."
-            )
-
-
-def _check_projection(qkv: Tensor, q_bias: Tensor | None, v_bias: Tensor | None, log_scale: Tensor | None) -> None:
-    if qkv.dim() != 5 or qkv.size(2) != 3 or 0 in qkv.shape[1:]:
-        raise ValueError(
-            f"block_causal_attention_qkv: qkv has shape {tuple(qkv.shape)}, give (B, L, 3, H, D) with L, H, D > 0."
-        )
-    H, D = qkv.shape[3:]
-    for name, tensor, numel in (("q_bias", q_bias, H * D), ("v_bias", v_bias, H * D), ("log_scale", log_scale, H)):
-        if tensor is None:
-            continue
-        if tensor.numel() != numel:
-            raise ValueError(
-                f"block_causal_attention_qkv: {name} has shape {tuple(tensor.shape)}, give {numel} elements for "
-                f"{H} heads of {D}."
-            )
-        if tensor.device != qkv.device:
-            raise ValueError(
-                f"block_causal_attention_qkv: {name} is on {tensor.device} and qkv on {qkv.device}, use one device."
-            )
-    if not all(tensor.is_floating_point() for tensor in (qkv, q_bias, v_bias, log_scale) if tensor is not None):
-        raise ValueError("block_causal_attention_qkv: give floating-point tensors.")
 
 
 def _why_not_cpu(q: Tensor, *_: object) -> str | None:
@@ -250,7 +209,8 @@ def _new_statistics(q: Tensor, B: int, H: int, L: int) -> Tensor:
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], softmax_scale: float, backend: str | None
 ) -> tuple[Tensor, Tensor]:
-    _check_qkv(q, k, v)
+    check_qkv(q, k, v)
+    check_lengths("block_causal_attention", lengths, q.size(2))
     backend = _OP.choose(backend, q.device.type, q)
     out, statistics = _empty_heads(q), _new_statistics(q, *q.shape[:3])
     q, k, v = dense_last_axis(q), dense_last_axis(k), dense_last_axis(v)
@@ -270,10 +230,11 @@ def _attention_backward(
     softmax_scale: float,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    check_backward(grad_out, q, k, v, out, statistics, lengths)
     backend = _OP.choose(backend, q.device.type, q)
     grads = _empty_heads(q), _empty_heads(k), _empty_heads(v)
     inputs = dense_last_axis(q), dense_last_axis(k), dense_last_axis(v)
-    saved = dense_last_axis(grad_out), out, statistics
+    saved = dense_last_axis(grad_out), dense_last_axis(out), statistics.contiguous()
     launch_backward(
         backend, saved, inputs, (None, None, None), grads, (None, None, None), tuple(lengths), softmax_scale
     )
@@ -290,7 +251,8 @@ def _attention_qkv(
     softmax_scale: float,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    _check_projection(qkv, q_bias, v_bias, log_scale)
+    check_projection(qkv, q_bias, v_bias, log_scale)
+    check_lengths("block_causal_attention_qkv", lengths, qkv.size(1))
     backend = _OP_QKV.choose(backend, qkv.device.type, qkv)
     B, L, _, H, D = qkv.shape
     out, statistics = qkv.new_empty((B, L, H, D)), _new_statistics(qkv, B, H, L)
@@ -312,12 +274,14 @@ def _attention_qkv_backward(
     softmax_scale: float,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_qkv_backward(grad_out, qkv, q_bias, v_bias, log_scale, out, statistics, lengths)
     backend = _OP_QKV.choose(backend, qkv.device.type, qkv)
     B, _, _, H, D = qkv.shape
     prologue = (q_bias, v_bias, log_scale)
     grad_qkv = qkv.new_empty(qkv.shape)
     shares = _new_shares(prologue, (B, H, D), statistics.dtype)
-    saved = dense_last_axis(grad_out).transpose(1, 2), out.transpose(1, 2), statistics
+    grad_out, out = dense_last_axis(grad_out), dense_last_axis(out)
+    saved = grad_out.transpose(1, 2), out.transpose(1, 2), statistics.contiguous()
     launch_backward(backend, saved, _heads(qkv), prologue, _heads(grad_qkv), shares, tuple(lengths), softmax_scale)
     sums = [
         qkv.new_empty(0) if tensor is None or share is None else share.sum(0).to(tensor.dtype).view(tensor.shape)
@@ -343,30 +307,57 @@ def _heads(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @fake("block_causal_attention")
-def _fake(q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    _check_qkv(q, k, v)
+def _fake(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], *_: object) -> tuple[Tensor, Tensor]:
+    check_qkv(q, k, v)
+    check_lengths("block_causal_attention", lengths, q.size(2))
     return _empty_heads(q), _new_statistics(q, *q.shape[:3])
 
 
 @fake("block_causal_attention_backward")
-def _fake_backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    statistics: Tensor,
+    lengths: Sequence[int],
+    *_: object,
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_backward(grad_out, q, k, v, out, statistics, lengths)
     return _empty_heads(q), _empty_heads(k), _empty_heads(v)
 
 
 @fake("block_causal_attention_qkv")
 def _fake_qkv(
-    qkv: Tensor, q_bias: Tensor | None, v_bias: Tensor | None, log_scale: Tensor | None, *settings: object
+    qkv: Tensor,
+    q_bias: Tensor | None,
+    v_bias: Tensor | None,
+    log_scale: Tensor | None,
+    lengths: Sequence[int],
+    *settings: object,
 ) -> tuple[Tensor, Tensor]:
-    _check_projection(qkv, q_bias, v_bias, log_scale)
+    check_projection(qkv, q_bias, v_bias, log_scale)
     B, L, _, H, D = qkv.shape
+    check_lengths("block_causal_attention_qkv", lengths, L)
     return qkv.new_empty((B, L, H, D)), _new_statistics(qkv, B, H, L)
 
 
 @fake("block_causal_attention_qkv_backward")
 def _fake_qkv_backward(
-    grad_out: Tensor, qkv: Tensor, *arguments: Tensor | None
+    grad_out: Tensor,
+    qkv: Tensor,
+    q_bias: Tensor | None,
+    v_bias: Tensor | None,
+    log_scale: Tensor | None,
+    out: Tensor,
+    statistics: Tensor,
+    lengths: Sequence[int],
+    *_: object,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    sums = [qkv.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape) for tensor in arguments[:3]]
+    check_qkv_backward(grad_out, qkv, q_bias, v_bias, log_scale, out, statistics, lengths)
+    prologue = (q_bias, v_bias, log_scale)
+    sums = [qkv.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape) for tensor in prologue]
     return qkv.new_empty(qkv.shape), sums[0], sums[1], sums[2]
 
 

@@ -18,6 +18,9 @@ from varkern.ops._library import (
     DTYPE_CODES,
     Op,
     autograd,
+    check_floats,
+    check_integer,
+    check_number,
     cpu_why_not,
     cuda_why_not,
     current_backend,
@@ -97,6 +100,8 @@ def cached_attention(
     For inference: raises ``RuntimeError`` where a gradient would be recorded, or where the backend asked for cannot
     serve, ``ValueError`` for shapes, dtypes or devices that do not fit. Nothing is written then.
     """
+    check_integer("cached_attention", "position", position)
+    check_number("cached_attention", "softmax_scale", softmax_scale)
     _check(qkv, cache, position, q_bias, v_bias, log_scale)
     if needs_gradient(*(tensor for tensor in (qkv, cache, q_bias, v_bias, log_scale) if tensor is not None)):
         _refuse_gradient()
@@ -121,6 +126,8 @@ def _check(
     v_bias: Tensor | None,
     log_scale: Tensor | None,
 ) -> None:
+    check_floats("cached_attention", ("qkv", "cache"), (qkv, cache))
+    check_floats("cached_attention", ("q_bias", "v_bias", "log_scale"), (q_bias, v_bias, log_scale), optional=True)
     if qkv.dim() != 5 or qkv.size(2) != 3 or 0 in qkv.shape[1:]:
         raise ValueError(f"cached_attention: qkv has shape {tuple(qkv.shape)}, give (B, n, 3, H, D) with n, H, D > 0.")
     B, n, _, H, D = qkv.shape
@@ -150,8 +157,6 @@ def _check(
             )
         if tensor.device != qkv.device:
             raise ValueError(f"cached_attention: {name} is on {tensor.device} and qkv on {qkv.device}, use one device.")
-    if not all(tensor.is_floating_point() for tensor in (qkv, q_bias, v_bias, log_scale) if tensor is not None):
-        raise ValueError("cached_attention: give floating-point tensors.")
 
 
 def _why_not_cpu(qkv: Tensor, *_: object) -> str | None:

@@ -17,6 +17,8 @@ from varkern.ops._library import (
     DTYPE_CODES,
     Op,
     autograd,
+    check_floats,
+    check_number,
     cpu_why_not,
     cuda_why_not,
     current_backend,
@@ -64,6 +66,8 @@ def modulated_layer_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1
     backend is asked for. Raises ``ValueError`` for shapes, dtypes or devices that do not fit, ``RuntimeError`` where
     the backend asked for cannot serve.
     """
+    check_floats("modulated_layer_norm", ("x", "scale", "shift"), (x, scale, shift))
+    check_number("modulated_layer_norm", "eps", eps)
     backend = current_backend()
     if backend == "reference" or (backend is None and torch.float64 in (x.dtype, scale.dtype)):
         _check(x, scale, shift)
@@ -74,6 +78,7 @@ def modulated_layer_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1
 
 
 def _check(x: Tensor, scale: Tensor, shift: Tensor) -> None:
+    check_floats("modulated_layer_norm", ("x", "scale", "shift"), (x, scale, shift))
     if x.dim() != 3:
         raise ValueError(f"modulated_layer_norm: x has shape {tuple(x.shape)}, give (B, L, C).")
     B, _, C = x.shape
@@ -90,8 +95,23 @@ def _check(x: Tensor, scale: Tensor, shift: Tensor) -> None:
             f"modulated_layer_norm: scale is {scale.dtype} {tuple(scale.shape)} and shift {shift.dtype} "
             f"{tuple(shift.shape)}, give them one dtype and shape."
         )
-    if not (x.is_floating_point() and scale.is_floating_point()):
-        raise ValueError(f"modulated_layer_norm: x is {x.dtype} and scale {scale.dtype}, give floating-point tensors.")
+
+
+def _check_backward(grad_out: Tensor, x: Tensor, scale: Tensor, statistics: Tensor) -> None:
+    op = "modulated_layer_norm_backward"
+    check_floats(op, ("grad_out", "statistics"), (grad_out, statistics))
+    _check(x, scale, scale)
+    for name, tensor, shape in (("grad_out", grad_out, x.shape), ("statistics", statistics, (2, *x.shape[:2]))):
+        if tensor.shape != shape or tensor.device != x.device:
+            raise ValueError(
+                f"{op}: {name} has shape {tuple(tensor.shape)} on {tensor.device}, give {tuple(shape)} on x's device "
+                f"{x.device}."
+            )
+    out_dtype = torch.promote_types(x.dtype, scale.dtype)
+    if statistics.dtype != torch.float32 or grad_out.dtype != out_dtype:
+        raise ValueError(
+            f"{op}: statistics are {statistics.dtype} and grad_out {grad_out.dtype}, give float32 and {out_dtype}."
+        )
 
 
 def _why_not_cuda(x: Tensor, scale: Tensor, *_: object) -> str | None:
@@ -139,7 +159,7 @@ def _compute(
     out_dtype = torch.promote_types(x.dtype, scale.dtype)
     if backend == "reference":
         if statistics is not None:
-            variance, means = torch.var_mean(x.float(), -1, correction=0)
+            variance, means = torch.var_mean(x.detach().float(), -1, correction=0)
             torch.stack((means, torch.rsqrt(variance + eps)), out=statistics)
         return modulated_layer_norm_reference(x, scale, shift, eps).to(out_dtype).contiguous()
 
@@ -179,7 +199,9 @@ def _modulated_layer_norm_forward(
 def _modulated_layer_norm_backward(
     grad_out: Tensor, x: Tensor, scale: Tensor, statistics: Tensor, backend: str | None
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check_backward(grad_out, x, scale, statistics)
     backend = _OP.choose(backend, x.device.type, x, scale)
+    statistics = statistics.contiguous()
     B, _, C = x.shape
     if backend == "reference":
         mean, rstd = statistics.unsqueeze(-1)
@@ -244,6 +266,7 @@ def _fake_forward(x: Tensor, scale: Tensor, shift: Tensor, eps: float, backend: 
 def _fake_backward(
     grad_out: Tensor, x: Tensor, scale: Tensor, statistics: Tensor, backend: str | None
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check_backward(grad_out, x, scale, statistics)
     return x.new_empty(x.shape), scale.new_empty(scale.shape), scale.new_empty(scale.shape)
 
 

@@ -17,8 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from varkern.ops._library import current_backend, needs_gradient, reference_forced
-from varkern.ops.quantize_checks import check_features, check_indices, check_step
+from varkern.ops._library import check_floats, check_number, current_backend, needs_gradient, reference_forced
+from varkern.ops.quantize_checks import (
+    check_features,
+    check_indices,
+    check_range,
+    check_sizes,
+    check_step,
+    flat_sizes,
+)
 from varkern.ops.quantize_operators import dequantize, quantize
 from varkern.ops.quantize_reference import (
     Phi,
@@ -108,6 +115,7 @@ def residual_quantize_train(
     mse(f_hat_k, sg(f))``, sg the stopped gradient and f_hat_k the running sum after scale k. Gradients reach features,
     codebook and phis, once; they are deterministic.
     """
+    check_number("residual_quantize_train", "beta", beta)
     features, codebook = _float32("residual_quantize_train", features=features, codebook=codebook)
     bank = _stack("residual_quantize_train", phis, sizes, codebook)
     if reference_forced():
@@ -133,8 +141,10 @@ def residual_dequantize(
     """
     (codebook,) = _float32("residual_dequantize", codebook=codebook)
     bank = _stack("residual_dequantize", phis, sizes, codebook)
+    check_sizes("residual_dequantize", flat_sizes("residual_dequantize", [size]))
     if reference_forced():
-        check_indices("residual_dequantize", indices, codebook, bank[0], bank[1], bank[4])
+        check_indices("residual_dequantize", indices, codebook, bank[0], bank[1], bank[3], bank[4])
+        check_range("residual_dequantize", indices, codebook.size(0))
         return residual_dequantize_reference(code_maps_reference(indices, codebook, sizes), phis, size)
     return list(dequantize(indices, codebook, *bank, *size, current_backend()).unbind(0))
 
@@ -157,15 +167,18 @@ def teacher_forcing_input(indices: Tensor, codebook: Tensor, phis: Sequence[Phi]
     """
     with torch.no_grad():
         (codebook,) = _float32("teacher_forcing_input", codebook=codebook)
+        flat = flat_sizes("teacher_forcing_input", sizes)
+        if not isinstance(phis, Sequence):
+            raise TypeError(f"teacher_forcing_input: phis are {phis!r}, give a sequence of Phi(weight, bias, ratio).")
         if not 0 < len(phis) < len(sizes):
             raise ValueError(
                 f"teacher_forcing_input: {len(phis)} phis for {len(sizes)} sizes, give one for each scale that has "
                 f"indices, at least 1 and at most {len(sizes) - 1}."
             )
         bank = _stack("teacher_forcing_input", phis, sizes[: len(phis)], codebook)
-        flat = [side for size in sizes for side in size]
         if reference_forced():
-            check_indices("teacher_forcing_input", indices, codebook, bank[0], bank[1], bank[4])
+            check_indices("teacher_forcing_input", indices, codebook, bank[0], bank[1], bank[3], bank[4])
+            check_range("teacher_forcing_input", indices, codebook.size(0))
             maps = code_maps_reference(indices, codebook, sizes[: len(phis)])
             return teacher_forcing_input_reference(maps, phis, sizes)
         return torch.ops.varkern.teacher_forcing_input(indices, codebook, *bank[:4], flat, current_backend())
@@ -177,11 +190,18 @@ def next_scale_input(f_hat: Tensor, codes: Tensor, phi: Phi, following: Size | N
     Returns f_hat and its area-downsampling to the ``following`` size; after the last scale (None) f_hat twice.
     A call that needs gradients is computed by ``next_scale_input_reference``.
     """
+    if not isinstance(phi, Phi):
+        raise TypeError(f"next_scale_input: phi is {phi!r}, give a Phi(weight, bias, ratio).")
     weights = () if phi.weight is None or phi.bias is None else (phi.weight, phi.bias)
-    check_step(f_hat, codes, *weights)
+    size = [] if following is None else flat_sizes("next_scale_input", [following])
+    check_step(f_hat, codes, phi.weight, phi.bias, size)
     if reference_forced() or needs_gradient(f_hat, codes, *weights):
+        if f_hat.requires_grad and f_hat.is_leaf and torch.is_grad_enabled():
+            raise RuntimeError(
+                "next_scale_input: f_hat is a leaf that requires a gradient and would be changed in place: give "
+                "f_hat.clone(), or call it under torch.no_grad()."
+            )
         return next_scale_input_reference(f_hat, codes, phi, following)
-    size = list(following or ())
     out = torch.ops.varkern.next_scale_input(
         f_hat, codes, *(weights or (None, None)), phi.ratio, size, current_backend()
     )
@@ -189,9 +209,7 @@ def next_scale_input(f_hat: Tensor, codes: Tensor, phi: Phi, following: Size | N
 
 
 def _float32(op: str, **tensors: Tensor) -> tuple[Tensor, ...]:
-    for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise ValueError(f"{op}: {name} is {tensor.dtype}, give a floating-point tensor.")
+    check_floats(op, tuple(tensors), tuple(tensors.values()))
     return tuple(tensor.float() for tensor in tensors.values())
 
 
@@ -200,6 +218,9 @@ _Bank = tuple[Tensor, Tensor, float, list[int], list[int]]
 
 def _stack(op: str, phis: Sequence[Phi], sizes: Sequence[Size], codebook: Tensor) -> _Bank:
     """The operators' form: weights (n, Cv, Cv, 3, 3), biases (n, Cv), ratio, the phi of each scale, flat sizes."""
+    flat = flat_sizes(op, sizes)
+    if not isinstance(phis, Sequence) or not all(isinstance(phi, Phi) for phi in phis):
+        raise TypeError(f"{op}: phis are {phis!r}, give a sequence of Phi(weight, bias, ratio).")
     if len(phis) != len(sizes) or not sizes:
         raise ValueError(f"{op}: {len(phis)} phis for {len(sizes)} sizes, give one of each for every scale.")
     weights: list[Tensor] = []
@@ -216,7 +237,6 @@ def _stack(op: str, phis: Sequence[Phi], sizes: Sequence[Size], codebook: Tensor
     ratios = {phi.ratio for phi in phis}
     if len(phi_of_scale) not in (0, len(phis)) or (weights and len(ratios) > 1):
         raise ValueError(f"{op}: phis with ratios {sorted(ratios)}, give all one ratio and weights, or all no weights.")
-    flat = [side for size in sizes for side in size]
     if weights:
         return torch.stack(weights).float(), torch.stack(biases).float(), phis[0].ratio, phi_of_scale, flat
     Cv = codebook.size(-1)

@@ -2,25 +2,57 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from varkern.ops._library import check_floats, check_tensors
 from varkern.ops.quantize_reference import Size
 
+_MAX_SIDE = 1 << 15  # of a map: its number of positions, times a batch and Cv, is far from overflowing
 
-def check_codes(op: str, codebook: Tensor, phi_weight: Tensor, phi_bias: Tensor, sizes: Sequence[int]) -> None:
+
+def _sides(maps: Tensor) -> bool:
+    """Whether the height and the width of maps (B, Cv, H, W) are ones that the operators take."""
+    return 0 < maps.shape[2] <= _MAX_SIDE and 0 < maps.shape[3] <= _MAX_SIDE
+
+
+def check_sizes(op: str, sizes: Sequence[int]) -> None:
+    if not sizes or len(sizes) % 2:
+        raise ValueError(f"{op}: sizes are {list(sizes)}, give a height and a width for each scale.")
+    if min(sizes) < 1 or max(sizes) > _MAX_SIDE:
+        raise ValueError(
+            f"{op}: sizes {tuple(pairs(sizes))} have a side below 1 or above {_MAX_SIDE}, give heights and widths."
+        )
+
+
+def check_codes(
+    op: str,
+    codebook: Tensor,
+    phi_weight: Tensor,
+    phi_bias: Tensor,
+    phi_of_scale: Sequence[int],
+    sizes: Sequence[int],
+) -> None:
+    check_floats(op, ("codebook", "phi", "phi's bias"), (codebook, phi_weight, phi_bias))
     if codebook.dim() != 2 or codebook.size(0) == 0 or codebook.size(0) > 2**30:
         raise ValueError(f"{op}: codebook has shape {tuple(codebook.shape)}, give (V, Cv) with 1 to 2^30 codes.")
-    n, Cv = phi_weight.size(0), codebook.size(1)
+    n, Cv = phi_weight.shape[0] if phi_weight.dim() else -1, codebook.size(1)
     if phi_weight.shape != (n, Cv, Cv, 3, 3) or phi_bias.shape != (n, Cv):
         raise ValueError(
             f"{op}: phi has weights {tuple(phi_weight.shape[1:])} and biases {tuple(phi_bias.shape[1:])}, "
             f"give {(Cv, Cv, 3, 3)} and {(Cv,)} for a codebook of shape {tuple(codebook.shape)}."
         )
-    if min(sizes) < 1:
-        raise ValueError(f"{op}: sizes {tuple(zip(sizes[::2], sizes[1::2], strict=True))} have a side below 1.")
+    if Cv == 0:
+        raise ValueError(f"{op}: codebook has shape {tuple(codebook.shape)}, give (V, Cv) with Cv > 0.")
+    check_sizes(op, sizes)
+    if 2 * len(phi_of_scale) != len(sizes) or min(phi_of_scale) < 0 or max(phi_of_scale) >= max(n, 1):
+        raise ValueError(
+            f"{op}: phi_of_scale is {list(phi_of_scale)}, give the number of a phi, of {n}, for each of "
+            f"{len(sizes) // 2} sizes."
+        )
     for name, tensor in (("codebook", codebook), ("phi", phi_weight), ("phi's bias", phi_bias)):
         if tensor.dtype != torch.float32:
             raise ValueError(f"{op}: {name} is {tensor.dtype}, give float32.")
@@ -38,8 +70,9 @@ def check_features(
     phi_of_scale: Sequence[int],
     sizes: Sequence[int],
 ) -> None:
-    check_codes(op, codebook, phi_weight, phi_bias, sizes)
-    if features.dim() != 4 or features.size(1) != codebook.size(1) or 0 in features.shape[2:]:
+    check_floats(op, ("features",), (features,))
+    check_codes(op, codebook, phi_weight, phi_bias, phi_of_scale, sizes)
+    if features.dim() != 4 or features.size(1) != codebook.size(1) or not _sides(features):
         raise ValueError(
             f"{op}: features have shape {tuple(features.shape)}, give (B, {codebook.size(1)}, H, W) for a codebook "
             f"of shape {tuple(codebook.shape)}."
@@ -51,9 +84,16 @@ def check_features(
 
 
 def check_indices(
-    op: str, indices: Tensor, codebook: Tensor, phi_weight: Tensor, phi_bias: Tensor, sizes: Sequence[int]
+    op: str,
+    indices: Tensor,
+    codebook: Tensor,
+    phi_weight: Tensor,
+    phi_bias: Tensor,
+    phi_of_scale: Sequence[int],
+    sizes: Sequence[int],
 ) -> None:
-    check_codes(op, codebook, phi_weight, phi_bias, sizes)
+    check_tensors(op, ("indices",), (indices,))
+    check_codes(op, codebook, phi_weight, phi_bias, phi_of_scale, sizes)
     expected = positions(sizes)
     if indices.dim() != 2 or indices.size(1) != expected:
         raise ValueError(f"{op}: indices have shape {tuple(indices.shape)}, give (B, {expected}) for these sizes.")
@@ -63,16 +103,38 @@ def check_indices(
         raise ValueError(f"{op}: indices are on {indices.device} and codebook on {codebook.device}, use one device.")
 
 
-def check_step(f_hat: Tensor, codes: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> None:
+def check_range(op: str, indices: Tensor, V: int) -> None:
+    """Raises ``IndexError`` for indices that are in no codebook; on the CPU alone: elsewhere looking would wait."""
+    if indices.numel() and indices.device.type == "cpu":
+        low, high = (int(bound) for bound in torch.aminmax(indices))
+        if low < 0 or high >= V:
+            raise IndexError(f"{op}: indices from {low} to {high}, give 0 to {V - 1} for a codebook of {V} codes.")
+
+
+def check_step(
+    f_hat: Tensor, codes: Tensor, weight: Tensor | None, bias: Tensor | None, following: Sequence[int]
+) -> None:
     op = "next_scale_input"
-    if f_hat.dim() != 4 or f_hat.dtype != torch.float32:
+    check_floats(op, ("f_hat", "codes"), (f_hat, codes))
+    check_floats(op, ("phi", "phi's bias"), (weight, bias), optional=True)
+    if (weight is None) != (bias is None):
+        raise ValueError(f"{op}: phi has a weight or a bias alone, give both, or None for both.")
+    if following:
+        if len(following) != 2:
+            raise ValueError(f"{op}: following is {list(following)}, give (h, w), or nothing after the last scale.")
+        check_sizes(op, following)
+    if f_hat.dim() != 4 or f_hat.dtype != torch.float32 or not (f_hat.shape[1] and _sides(f_hat)):
         raise ValueError(f"{op}: f_hat is {f_hat.dtype} {tuple(f_hat.shape)}, give (B, Cv, H, W) float32.")
     Cv = f_hat.size(1)
-    if codes.dim() != 4 or codes.shape[:2] != f_hat.shape[:2] or 0 in codes.shape[2:]:
+    if codes.dim() != 4 or codes.shape[:2] != f_hat.shape[:2] or not _sides(codes):
         raise ValueError(
             f"{op}: codes have shape {tuple(codes.shape)}, give ({f_hat.size(0)}, {Cv}, h, w) for f_hat of shape "
             f"{tuple(f_hat.shape)}."
         )
+    if not f_hat.is_contiguous() and any(
+        n > 1 and step == 0 for n, step in zip(f_hat.shape, f_hat.stride(), strict=True)
+    ):
+        raise ValueError(f"{op}: f_hat has strides {f_hat.stride()}, give one whose elements share no memory.")
     if weight is not None and bias is not None and (weight.shape != (Cv, Cv, 3, 3) or bias.shape != (Cv,)):
         raise ValueError(
             f"{op}: phi has weights {tuple(weight.shape)} and biases {tuple(bias.shape)}, give {(Cv, Cv, 3, 3)} and "
@@ -91,3 +153,54 @@ def positions(sizes: Sequence[int]) -> int:
 
 def pairs(sizes: Sequence[int]) -> list[Size]:
     return list(zip(sizes[::2], sizes[1::2], strict=True))
+
+
+def flat_sizes(op: str, sizes: Sequence[Size]) -> list[int]:
+    """Heights and widths one after another; raises ``TypeError`` for anything but pairs of integers."""
+    try:
+        flat = [operator.index(side) for h, w in sizes for side in (h, w)]
+    except (TypeError, ValueError):
+        raise TypeError(f"{op}: sizes are {sizes!r}, give a (height, width) of integers for each scale.") from None
+    return flat
+
+
+def check_backward(
+    grad_f_hats: Tensor,
+    indices: Tensor,
+    codebook: Tensor,
+    phi_weight: Tensor,
+    phi_bias: Tensor,
+    phi_of_scale: Sequence[int],
+    sizes: Sequence[int],
+) -> None:
+    op = "residual_quantize_backward"
+    check_floats(op, ("grad_f_hats",), (grad_f_hats,))
+    check_indices(op, indices, codebook, phi_weight, phi_bias, phi_of_scale, sizes)
+    shape = (len(phi_of_scale), indices.size(0), codebook.size(1))
+    if grad_f_hats.dim() != 5 or grad_f_hats.shape[:3] != shape or 0 in grad_f_hats.shape[3:]:
+        raise ValueError(
+            f"{op}: grad_f_hats have shape {tuple(grad_f_hats.shape)}, give ({', '.join(map(str, shape))}, H, W)."
+        )
+    if grad_f_hats.dtype != torch.float32 or grad_f_hats.device != codebook.device:
+        raise ValueError(
+            f"{op}: grad_f_hats are {grad_f_hats.dtype} on {grad_f_hats.device}, give float32 on {codebook.device}."
+        )
+
+
+def check_teacher(
+    indices: Tensor,
+    codebook: Tensor,
+    phi_weight: Tensor,
+    phi_bias: Tensor,
+    phi_of_scale: Sequence[int],
+    sizes: Sequence[int],
+) -> int:
+    """The number of scales whose indices are given."""
+    op, given = "teacher_forcing_input", len(phi_of_scale)
+    check_sizes(op, sizes)
+    if not 0 < given < len(sizes) // 2:
+        raise ValueError(
+            f"{op}: phi_of_scale has {given} entries for {len(sizes) // 2} sizes, give 1 or more, but fewer."
+        )
+    check_indices(op, indices, codebook, phi_weight, phi_bias, phi_of_scale, sizes[: 2 * given])
+    return given

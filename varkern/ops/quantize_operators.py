@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -29,7 +29,17 @@ from varkern.ops._library import (
     once_differentiable,
     triton_why_not,
 )
-from varkern.ops.quantize_checks import check_features, check_indices, check_step, pairs, positions
+from varkern.ops.quantize_checks import (
+    check_backward,
+    check_features,
+    check_indices,
+    check_range,
+    check_sizes,
+    check_step,
+    check_teacher,
+    pairs,
+    positions,
+)
 from varkern.ops.quantize_reference import Phi
 
 __all__ = ["dequantize", "quantize"]
@@ -131,13 +141,6 @@ def _phis(phi_weight: Tensor, phi_bias: Tensor, ratio: float, phi_of_scale: Sequ
     return [Phi(phi_weight[i], phi_bias[i], ratio) for i in phi_of_scale]
 
 
-def _check_range(op: str, indices: Tensor, V: int) -> None:
-    if indices.numel():
-        low, high = (int(bound) for bound in torch.aminmax(indices))
-        if low < 0 or high >= V:
-            raise IndexError(f"{op}: indices from {low} to {high}, give 0 to {V - 1} for a codebook of {V} codes.")
-
-
 @impl("residual_quantize")
 def _residual_quantize(
     features: Tensor,
@@ -212,6 +215,8 @@ def _residual_quantize_backward(
     sizes: Sequence[int],
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    check_backward(grad_f_hats, indices, codebook, phi_weight, phi_bias, phi_of_scale, sizes)
+    check_range("residual_quantize_backward", indices, codebook.size(0))
     backend = _QUANTIZE.choose(backend, indices.device.type, indices, codebook)
     codebook, indices, grad_f_hats = codebook.contiguous(), indices.contiguous(), grad_f_hats.contiguous()
     bank = (phi_weight.contiguous(), phi_bias.contiguous(), ratio, phi_of_scale)
@@ -258,8 +263,17 @@ def _reference_backward(
 
 @fake("residual_quantize_backward")
 def _fake_backward(
-    grad_f_hats: Tensor, indices: Tensor, codebook: Tensor, phi_weight: Tensor, phi_bias: Tensor, *_: object
+    grad_f_hats: Tensor,
+    indices: Tensor,
+    codebook: Tensor,
+    phi_weight: Tensor,
+    phi_bias: Tensor,
+    ratio: float,
+    phi_of_scale: Sequence[int],
+    sizes: Sequence[int],
+    backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    check_backward(grad_f_hats, indices, codebook, phi_weight, phi_bias, phi_of_scale, sizes)
     return tuple(tensor.new_empty(tensor.shape) for tensor in (codebook, phi_weight, phi_bias))  # type: ignore[return-value]
 
 
@@ -276,7 +290,9 @@ def _residual_dequantize(
     W: int,
     backend: str | None,
 ) -> Tensor:
-    check_indices("residual_dequantize", indices, codebook, phi_weight, phi_bias, sizes)
+    check_indices("residual_dequantize", indices, codebook, phi_weight, phi_bias, phi_of_scale, sizes)
+    check_sizes("residual_dequantize", (H, W))
+    check_range("residual_dequantize", indices, codebook.size(0))
     backend = _DEQUANTIZE.choose(backend, indices.device.type, indices, codebook)
     codebook, bank = codebook.contiguous(), (phi_weight.contiguous(), phi_bias.contiguous(), ratio, phi_of_scale)
     if backend == "reference":
@@ -286,7 +302,6 @@ def _residual_dequantize(
     if backend == "triton":
         with device_guard(indices):
             return kernels("quantize").residual_dequantize(indices, codebook, *bank, pairs(sizes), H, W)
-    _check_range("residual_dequantize", indices, codebook.size(0))
     B, indices = indices.size(0), indices if indices.stride(1) == 1 else indices.contiguous()
     f_hats = codebook.new_empty(len(phi_of_scale), B, codebook.size(1), H, W)
     if B:
@@ -309,7 +324,8 @@ def _fake_dequantize(
     W: int,
     backend: str | None,
 ) -> Tensor:
-    check_indices("residual_dequantize", indices, codebook, phi_weight, phi_bias, sizes)
+    check_indices("residual_dequantize", indices, codebook, phi_weight, phi_bias, phi_of_scale, sizes)
+    check_sizes("residual_dequantize", (H, W))
     return codebook.new_empty(len(phi_of_scale), indices.size(0), codebook.size(1), H, W)
 
 
@@ -324,8 +340,8 @@ def _teacher_forcing_input(
     sizes: Sequence[int],
     backend: str | None,
 ) -> Tensor:
-    given = len(phi_of_scale)
-    check_indices("teacher_forcing_input", indices, codebook, phi_weight, phi_bias, sizes[: 2 * given])
+    given = check_teacher(indices, codebook, phi_weight, phi_bias, phi_of_scale, sizes)
+    check_range("teacher_forcing_input", indices, codebook.size(0))
     backend = _TEACHER.choose(backend, indices.device.type, indices, codebook)
     codebook, bank = codebook.contiguous(), (phi_weight.contiguous(), phi_bias.contiguous(), ratio, phi_of_scale)
     if backend == "reference":
@@ -336,7 +352,6 @@ def _teacher_forcing_input(
     if backend == "triton":
         with device_guard(indices):
             return kernels("quantize").teacher_forcing_input(indices, codebook, *bank, pairs(sizes))
-    _check_range("teacher_forcing_input", indices, codebook.size(0))
     indices = indices if indices.stride(1) == 1 else indices.contiguous()
     out = _empty_input(indices, codebook, given, sizes)
     if indices.size(0):
@@ -362,8 +377,7 @@ def _fake_teacher_forcing_input(
     sizes: Sequence[int],
     backend: str | None,
 ) -> Tensor:
-    given = len(phi_of_scale)
-    check_indices("teacher_forcing_input", indices, codebook, phi_weight, phi_bias, sizes[: 2 * given])
+    given = check_teacher(indices, codebook, phi_weight, phi_bias, phi_of_scale, sizes)
     return _empty_input(indices, codebook, given, sizes)
 
 
@@ -377,7 +391,7 @@ def _next_scale_input(
     following: Sequence[int],
     backend: str | None,
 ) -> Tensor:
-    check_step(f_hat, codes, phi_weight, phi_bias)
+    check_step(f_hat, codes, phi_weight, phi_bias, following)
     backend = _STEP.choose(backend, f_hat.device.type, f_hat)
     size = (following[0], following[1]) if following else None
     if backend == "reference":
@@ -410,7 +424,7 @@ def _fake_next_scale_input(
     following: Sequence[int],
     backend: str | None,
 ) -> Tensor:
-    check_step(f_hat, codes, phi_weight, phi_bias)
+    check_step(f_hat, codes, phi_weight, phi_bias, following)
     return f_hat.new_empty((*f_hat.shape[:2], *following) if following else 0)
 
 
@@ -469,3 +483,12 @@ def dequantize(indices: Tensor, codebook: Tensor, phi_weight: Tensor, phi_bias: 
 
 autograd("residual_quantize", _Quantize.apply)
 autograd("residual_dequantize", _Dequantize.apply)
+
+
+def _refuse_gradient(*_: object) -> NoReturn:
+    raise RuntimeError(
+        "torch.ops.varkern.next_scale_input has no gradient: call varkern.ops.next_scale_input, or use torch.no_grad()."
+    )
+
+
+autograd("next_scale_input", _refuse_gradient)

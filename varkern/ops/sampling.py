@@ -14,6 +14,9 @@ from torch import Tensor
 from varkern.ops._library import (
     DTYPE_CODES,
     Op,
+    check_floats,
+    check_integer,
+    check_number,
     cpu_why_not,
     cuda_why_not,
     current_backend,
@@ -126,8 +129,10 @@ def sample_tokens(
     has no distribution (NaN, +inf, or -inf alone), as ``torch.multinomial`` does. Only the CPU looks: on CUDA, where
     looking would wait for the device, such a row gives some token in [0, V).
     """
-    _check_parameters(logits, guidance, top_k, top_p)
+    _check_arguments("sample_tokens", logits, guidance, top_k, top_p)
     if not isinstance(noise, Tensor):
+        if noise is not None and not isinstance(noise, torch.Generator):
+            raise TypeError(f"sample_tokens: noise is {type(noise).__name__}, give a tensor, a generator or None.")
         B, n, V = _shape(logits, guidance)
         noise = draw_noise(B * n, V, logits.device, noise)
     return torch.ops.varkern.sample_tokens(logits.detach(), noise, guidance, top_k, top_p, current_backend())
@@ -143,7 +148,7 @@ def filter_logits(logits: Tensor, guidance: float | None = None, top_k: int = 0,
 
     without its sort; on other devices that itself. NaN is passed on. There is no gradient.
     """
-    _check_parameters(logits, guidance, top_k, top_p)
+    _check_arguments("filter_logits", logits, guidance, top_k, top_p)
     return torch.ops.varkern.filter_logits(logits.detach(), guidance, top_k, top_p, current_backend())
 
 
@@ -153,13 +158,20 @@ def _shape(logits: Tensor, guidance: float | None) -> tuple[int, int, int]:
     return B if guidance is None else B // 2, n, V
 
 
+def _check_arguments(op: str, logits: Tensor, guidance: float | None, top_k: int, top_p: float) -> None:
+    if guidance is not None:
+        check_number(op, "guidance", guidance)
+    check_integer(op, "top_k", top_k)
+    check_number(op, "top_p", top_p, finite=False)
+    _check_parameters(logits, guidance, top_k, top_p)
+
+
 def _check_parameters(logits: Tensor, guidance: float | None, top_k: int, top_p: float) -> None:
+    check_floats("token sampling", ("logits",), (logits,))
     if logits.dim() != 3 or not 0 < logits.shape[2] <= _MAX_V:
         raise ValueError(
             f"token sampling: logits have shape {tuple(logits.shape)}, give (B, n, V) with V from 1 to {_MAX_V}."
         )
-    if not logits.is_floating_point():
-        raise ValueError(f"token sampling: logits are {logits.dtype}, give a floating-point tensor.")
     if guidance is not None and not math.isfinite(guidance):
         raise ValueError(f"token sampling: guidance is {guidance}, give a finite number, or None to use all rows.")
     if guidance is not None and logits.shape[0] % 2:
@@ -174,6 +186,7 @@ def _check_parameters(logits: Tensor, guidance: float | None, top_k: int, top_p:
 
 
 def _check_noise(logits: Tensor, noise: Tensor, guidance: float | None) -> None:
+    check_floats("sample_tokens", ("noise",), (noise,))
     B, n, V = _shape(logits, guidance)
     if noise.shape != (B * n, V) or noise.dtype != torch.float32:
         raise ValueError(
