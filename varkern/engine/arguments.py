@@ -54,7 +54,7 @@ def check_batch(name: str, batch: object) -> int:
         size = operator.index(batch)
         if 1 <= size <= _LARGEST_BATCH:
             return size
-    raise ValueError(f"{name} must be a positive integer (at most {_LARGEST_BATCH}), got {batch!r}")
+    raise ValueError(f"{name} must be a positive integer, got {batch!r}; the largest is {_LARGEST_BATCH}")
 
 
 def check_seed(seed: object) -> int:
