@@ -220,6 +220,13 @@ def replace_tokenizer(var: varkern.VAR) -> None:
     assign_tokenizer(var)
 
 
+def replace_decoder(var: varkern.VAR) -> None:
+    quantize = var.vae_quant_proxy[0]
+    var.vae_proxy = (copy.deepcopy(var.vae_proxy[0]),)
+    assert var.vae_quant_proxy[0] is quantize
+    assign_tokenizer(var)
+
+
 def restride(var: varkern.VAR) -> None:
     weight = var.blocks[0].attn.proj.weight
     weight.data = weight.data.t()  # the same address
@@ -230,6 +237,7 @@ CHANGES = [
     assign,
     assign_tokenizer,
     replace_tokenizer,
+    replace_decoder,
     restride,
     lambda var: var.bfloat16().float(),
     lambda var: setattr(var.blocks[0].attn, "scale", 0.5),

@@ -155,7 +155,7 @@ def draw_labels(var: VAR, batch: int, generator: torch.Generator | None) -> Tens
     """Classes (B,) drawn uniformly, as the published model draws them."""
     device = var.lvl_1L.device
     uniform = torch.full((1, var.num_classes), 1.0 / var.num_classes, device=device)
-    if batch == 1:  # as torch.multinomial computes it, but that waits for the device to check what it is given
+    if batch == 1:  # as torch.multinomial computes it, which in some versions of torch waits for a check of its input
         return (uniform / draw_noise(1, var.num_classes, device, generator)).argmax(dim=-1)
     return torch.multinomial(uniform, num_samples=batch, replacement=True, generator=generator).reshape(batch)
 
