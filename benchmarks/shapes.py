@@ -14,3 +14,12 @@ WIDTHS = {"d16": 1024, "d20": 1280, "d24": 1536, "d30": 1920, "d36": 2304}
 # a small, a middle and the last scale.
 NORM_TRAINING = {"d16-train-B8": (8, TOKENS_256, WIDTHS["d16"])}
 NORM_GENERATION = {f"d16-scale-{p}x{p}": (2, p * p, WIDTHS["d16"]) for p in (1, 6, 16)}
+
+# (B, C, H, W) of group norm, 32 groups: where the decoder of VQVAE(ch=160) normalises at 256 px.
+GROUP_NORM = {
+    "16x16": (1, 640, 16, 16),
+    "32x32": (1, 640, 32, 32),
+    "64x64": (1, 320, 64, 64),
+    "128x128": (1, 320, 128, 128),
+    "256x256": (1, 160, 256, 256),
+}

@@ -52,6 +52,8 @@ PYBIND11_MODULE(_C, m) {
                  bindings::modulated_layer_norm_forward, cpu::modulated_layer_norm_forward);
   bindings::bind(m, "modulated_layer_norm_backward", bindings::kModulatedLayerNormBackward,
                  bindings::modulated_layer_norm_backward, cpu::modulated_layer_norm_backward);
+  bindings::bind(m, "gated_residual_layer_norm", bindings::kGatedResidualLayerNorm,
+                 bindings::gated_residual_layer_norm, cpu::gated_residual_layer_norm);
   bindings::bind(m, "group_norm", bindings::kGroupNorm, bindings::group_norm, cpu::group_norm);
   bindings::bind(m, "residual_quantize", bindings::kResidualQuantize, bindings::residual_quantize,
                  cpu::residual_quantize);

@@ -55,6 +55,22 @@ constexpr const char* kModulatedLayerNormBackward =
     "grad_out_stride_b, grad_out_stride_l, x_stride_b, x_stride_l, scale_stride_b, x_dtype, cond_dtype, out_dtype)\n\n"
     "grad_out (B, L, C) strided, grad_x (B, L, C) contiguous, grad_scale and grad_shift (B, C) float32, overwritten.";
 
+inline GatedResidualLayerNorm gated_residual_layer_norm(
+    uintptr_t x, uintptr_t h, uintptr_t gate, uintptr_t scale, uintptr_t shift, uintptr_t out, int64_t B, int64_t L,
+    int64_t C, int64_t h_stride_b, int64_t h_stride_l, int64_t gate_stride_b, int64_t scale_stride_b,
+    int64_t shift_stride_b, int x_dtype, int h_dtype, int cond_dtype, int out_dtype, float eps) {
+  return {Pointer{x},     Pointer{h},     Pointer{gate}, Pointer{scale}, Pointer{shift},
+          Pointer{out},   B,              L,             C,              h_stride_b,
+          h_stride_l,     gate_stride_b,  scale_stride_b, shift_stride_b, x_dtype,
+          h_dtype,        cond_dtype,     out_dtype,     eps};
+}
+
+constexpr const char* kGatedResidualLayerNorm =
+    "gated_residual_layer_norm(x, h, gate, scale, shift, out, B, L, C, h_stride_b, h_stride_l, gate_stride_b, "
+    "scale_stride_b, shift_stride_b, x_dtype, h_dtype, cond_dtype, out_dtype, eps)\n\n"
+    "x (B, L, C) contiguous, changed in place; h (B, L, C) strided; gate, scale and shift (B, C) strided over B;\n"
+    "out (B, L, C) contiguous.";
+
 inline GroupNorm group_norm(uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t out, uintptr_t coefficients,
                             int64_t B, int64_t C, int64_t P, int64_t groups, int dtype, bool channels_last, bool silu,
                             double eps) {
@@ -65,7 +81,8 @@ inline GroupNorm group_norm(uintptr_t x, uintptr_t weight, uintptr_t bias, uintp
 constexpr const char* kGroupNorm =
     "group_norm(x, weight, bias, out, coefficients, B, C, P, groups, dtype, channels_last, silu, eps)\n\n"
     "x and out (B, C, P) or, channels_last, (B, P, C), contiguous; weight and bias (C) float32; coefficients\n"
-    "(3, B, C) float32: multiplier, offset, centre; out 0: only the coefficients, (2, B, C), without a centre.";
+    "(3, B, C) float32: multiplier, offset, centre; out 0: only the coefficients, (2, B, C), without a centre.\n"
+    "On CUDA then partial (B, groups, chunks, 2) float64, the pixels of a chunk and the stream.";
 
 inline ResidualMaps residual_maps(uintptr_t codebook, uintptr_t phi_weight, uintptr_t phi_bias, uintptr_t scales,
                                   int64_t num_phis, int64_t B, int64_t V, int64_t Cv, int64_t H, int64_t W, int64_t K,

@@ -34,6 +34,9 @@ PYBIND11_MODULE(_C_cuda, m) {
                  bindings::modulated_layer_norm_forward, cuda::modulated_layer_norm_forward);
   bindings::bind(m, "modulated_layer_norm_backward", bindings::kModulatedLayerNormBackward,
                  bindings::modulated_layer_norm_backward, cuda::modulated_layer_norm_backward);
+  bindings::bind(m, "gated_residual_layer_norm", bindings::kGatedResidualLayerNorm,
+                 bindings::gated_residual_layer_norm, cuda::gated_residual_layer_norm);
+  bindings::bind(m, "group_norm", bindings::kGroupNorm, bindings::group_norm, cuda::group_norm);
   bindings::bind(m, "cached_attention", bindings::kCachedAttention, bindings::cached_attention,
                  cuda::cached_attention);
   bindings::bind(m, "sample_tokens", bindings::kSampleTokens, bindings::sample_tokens, cuda::sample_tokens);

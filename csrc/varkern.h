@@ -41,6 +41,20 @@ struct ModulatedLayerNormBackward {
   int x_dtype, cond_dtype, out_dtype;
 };
 
+// In place x = x + gate * h, rounded once to x_dtype, then the modulated layer norm of the rounded x.
+struct GatedResidualLayerNorm {
+  void* x;            // (B, L, C) x_dtype, contiguous, in place
+  const void* h;      // (B, L, C) h_dtype, last axis contiguous
+  const void* gate;   // (B, C) cond_dtype, last axis contiguous, as scale and shift
+  const void* scale;
+  const void* shift;
+  void* out;  // (B, L, C) out_dtype, contiguous
+  int64_t B, L, C;
+  int64_t h_stride_b, h_stride_l, gate_stride_b, scale_stride_b, shift_stride_b;
+  int x_dtype, h_dtype, cond_dtype, out_dtype;  // out_dtype = promote_types(x_dtype, cond_dtype)
+  float eps;
+};
+
 // Group normalisation over the channels of a group and all P pixels, as one multiplication and addition a channel:
 //   multiplier = rstd * weight, offset = bias - (mean - centre) * multiplier, out = (x - centre) * multiplier + offset
 // Sums are taken in an order fixed by the shapes alone.
@@ -225,6 +239,12 @@ const char* modulated_layer_norm_forward(const ModulatedLayerNormForward& args, 
 // consecutive rows each.
 const char* modulated_layer_norm_backward(const ModulatedLayerNormBackward& args, float* workspace, int64_t chunks,
                                           void* stream);
+
+const char* gated_residual_layer_norm(const GatedResidualLayerNorm& args, void* stream);
+
+// partial: (B, groups, chunks, 2) float64, the mean and the sum of squares around it of chunk_pixels consecutive pixels,
+// chunks = ceil(P / chunk_pixels). What is added up in which order depends on chunk_pixels.
+const char* group_norm(const GroupNorm& args, double* partial, int64_t chunk_pixels, void* stream);
 
 // D is 32, 64 or 128. splits: parts into which the keys are cut where there are too few queries for the device; what
 // they add up depends on it. workspace: (splits, B * H * n, D + 2) float32, or nullptr for one split.

@@ -125,9 +125,8 @@ def test_means_of_many_deviations(device: torch.device, layout: torch.memory_for
     check(inputs)
     if _library.reference_forced():
         return
-    # group_norm_silu loses nothing to the mean. In units of 2^-24 of the largest value: the rounded multiplier, product
-    # and offset 3, exp and the division 6, sums of squares over runs of eight and 34 runs the root of what they may
-    # lose.
+    # group_norm_silu loses nothing to the mean. In units of 2^-24 of the largest value: the rounded multiplier,
+    # product and offset 3, exp and the division 6, sums of squares over 34 runs the root of what they may lose.
     for silu in (True, False):
         exact = exactly(*inputs, silu)
         error = (group_norm_silu(*inputs, silu).double() - exact).abs().max()

@@ -15,6 +15,7 @@ constexpr int kWarpSize = 32;
 __device__ __forceinline__ float2 operator+(float2 a, float2 b) { return make_float2(a.x + b.x, a.y + b.y); }
 
 __device__ __forceinline__ float shuffle_xor(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
+__device__ __forceinline__ double shuffle_xor(double v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
 __device__ __forceinline__ float2 shuffle_xor(float2 v, int mask) {
   return make_float2(shuffle_xor(v.x, mask), shuffle_xor(v.y, mask));
 }

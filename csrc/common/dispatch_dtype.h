@@ -33,5 +33,16 @@ inline const char* dispatch_promoted(int x, int cond, int out, const Body& body)
   }
 }
 
+// Calls body(T{}) for the type of one code.
+template <typename Body>
+inline const char* dispatch_dtype(int dtype, const Body& body) {
+  switch (dtype) {
+    case kFloat32: return body(float{});
+    case kFloat16: return body(float16{});
+    case kBFloat16: return body(bfloat16{});
+    default: return "unknown dtype code: 0 is float32, 1 float16, 2 bfloat16";
+  }
+}
+
 }  // namespace
 }  // namespace varkern

@@ -1,5 +1,6 @@
 // Group normalisation with SiLU on the CPU: statistics of chunks of pixels, their combination, then one pass that
 // applies it. Vectorised over channels where they lie next to each other (channels_last), else over pixels.
+#include "common/dispatch_dtype.h"
 #include "cpu/exponential.h"
 #include "cpu/lanes.h"
 #include "cpu/parallel.h"
@@ -211,12 +212,7 @@ const char* group_norm_of(const GroupNorm& a) {
 }  // namespace
 
 const char* group_norm(const GroupNorm& args) {
-  switch (args.dtype) {
-    case kFloat32: return group_norm_of<float>(args);
-    case kFloat16: return group_norm_of<float16>(args);
-    case kBFloat16: return group_norm_of<bfloat16>(args);
-    default: return "unknown dtype code: 0 is float32, 1 float16, 2 bfloat16";
-  }
+  return dispatch_dtype(args.dtype, [&](auto element) { return group_norm_of<decltype(element)>(args); });
 }
 
 }  // namespace varkern::cpu::VARKERN_LEVEL

@@ -1,7 +1,8 @@
-// Modulated layer norm on the CPU: one row at a time in the first-level cache, vectorised over C, threads over rows.
+// Modulated layer norm on the CPU, alone and after a gated residual: one row at a time in the first-level cache,
+// vectorised over C, threads over rows.
 #include "common/dispatch_dtype.h"
+#include "cpu/lanes.h"
 #include "cpu/parallel.h"
-#include "cpu/vector.h"
 #include "varkern.h"
 
 namespace varkern::cpu::VARKERN_LEVEL {
@@ -46,8 +47,16 @@ Statistics row_statistics(const X* x, int64_t C, float eps) {
 }
 
 template <typename X, typename Cond, typename Out>
+void normalise_row(const X* x, Statistics s, const Cond* scale, const Cond* shift, Out* out, int64_t C) {
+  for_each_vector(C, [&](int64_t c, auto lanes) {
+    const Floats h = (load(x + c, lanes) - s.mean) * s.rstd;
+    store(out + c, h * (1.0f + load(scale + c, lanes)) + load(shift + c, lanes), lanes);
+  });
+}
+
+template <typename X, typename Cond, typename Out>
 void forward(const ModulatedLayerNormForward& a) {
-  const int64_t rows = a.B * a.L, C = a.C, body = C / kWidth * kWidth, tail = C - body;
+  const int64_t rows = a.B * a.L, C = a.C;
   const int threads = thread_count(rows, rows * C * int64_t(sizeof(X) + sizeof(Out)));
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
   for (int64_t row = 0; row < rows; ++row) {
@@ -57,16 +66,28 @@ void forward(const ModulatedLayerNormForward& a) {
     const Cond* shift = (const Cond*)a.shift + b * a.shift_stride_b;
     Out* out = (Out*)a.out + row * C;
     const Statistics s = row_statistics(x, C, a.eps);
-    for (int64_t c = 0; c < body; c += kWidth) {
-      const Floats h = (load(x + c) - s.mean) * s.rstd;
-      store(out + c, h * (1.0f + load(scale + c)) + load(shift + c));
-    }
-    if (tail) {
-      const Floats h = (load(x + body, tail) - s.mean) * s.rstd;
-      store(out + body, h * (1.0f + load(scale + body, tail)) + load(shift + body, tail), tail);
-    }
+    normalise_row(x, s, scale, shift, out, C);
     if (a.mean) a.mean[row] = s.mean;
     if (a.rstd) a.rstd[row] = s.rstd;
+  }
+}
+
+// A row is updated and then normalised while it is in the first-level cache.
+template <typename X, typename H, typename Cond, typename Out>
+void gated_forward(const GatedResidualLayerNorm& a) {
+  const int64_t rows = a.B * a.L, C = a.C;
+  const int threads = thread_count(rows, rows * C * int64_t(2 * sizeof(X) + sizeof(H) + sizeof(Out)));
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t b = row / a.L, l = row % a.L;
+    X* x = (X*)a.x + row * C;
+    const H* h = (const H*)a.h + b * a.h_stride_b + l * a.h_stride_l;
+    const Cond* gate = (const Cond*)a.gate + b * a.gate_stride_b;
+    for_each_vector(C, [&](int64_t c, auto lanes) {
+      store(x + c, load(x + c, lanes) + load(gate + c, lanes) * load(h + c, lanes), lanes);
+    });
+    normalise_row((const X*)x, row_statistics(x, C, a.eps), (const Cond*)a.scale + b * a.scale_stride_b,
+                  (const Cond*)a.shift + b * a.shift_stride_b, (Out*)a.out + row * C, C);
   }
 }
 
@@ -155,6 +176,16 @@ const char* modulated_layer_norm_forward(const ModulatedLayerNormForward& args) 
     typedef decltype(types) T;
     forward<typename T::x, typename T::cond, typename T::out>(args);
     return nullptr;
+  });
+}
+
+const char* gated_residual_layer_norm(const GatedResidualLayerNorm& args) {
+  return dispatch_promoted(args.x_dtype, args.cond_dtype, args.out_dtype, [&](auto types) {
+    typedef decltype(types) T;
+    return dispatch_dtype(args.h_dtype, [&](auto h) -> const char* {
+      gated_forward<typename T::x, decltype(h), typename T::cond, typename T::out>(args);
+      return nullptr;
+    });
   });
 }
 

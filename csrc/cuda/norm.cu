@@ -6,17 +6,11 @@
 #include "common/device.cuh"
 #include "common/dispatch_dtype.h"
 #include "common/launch.cuh"
+#include "cuda/rows.cuh"
 #include "varkern.h"
 
 namespace varkern::cuda {
 namespace {
-
-constexpr int kPacks = 2;
-constexpr int kMaxThreads = 256, kMaxWarps = kMaxThreads / kWarpSize;
-constexpr int64_t kMaxRow = kMaxThreads * kPacks * kPack;
-
-// First column of the thread's k-th pack.
-__device__ __forceinline__ int pack_column(int k) { return (k * int(blockDim.x) + int(threadIdx.x)) * kPack; }
 
 template <typename X, typename Cond, typename Out>
 __global__ void __launch_bounds__(kMaxThreads) forward_kernel(ModulatedLayerNormForward a) {
@@ -41,24 +35,11 @@ __global__ void __launch_bounds__(kMaxThreads) forward_kernel(ModulatedLayerNorm
       }
     }
 
-    float v[kPacks][kPack], sum = 0.0f, square = 0.0f;
+    float v[kPacks][kPack];
 #pragma unroll
-    for (int k = 0; k < kPacks; ++k) {
-      unpack(x_packs[k], v[k]);
-#pragma unroll
-      for (int i = 0; i < kPack; ++i) sum += v[k][i];
-    }
-    const float mean = block_sum(sum, buffers[0]) / float(C);
-#pragma unroll
-    for (int k = 0; k < kPacks; ++k) {
-      const bool inside = pack_column(k) < C;
-#pragma unroll
-      for (int i = 0; i < kPack; ++i) {
-        v[k][i] -= mean;
-        square += inside ? v[k][i] * v[k][i] : 0.0f;
-      }
-    }
-    const float rstd = 1.0f / sqrtf(block_sum(square, buffers[1]) / float(C) + a.eps);
+    for (int k = 0; k < kPacks; ++k) unpack(x_packs[k], v[k]);
+    const RowStatistics row_statistics = centre_row(v, C, a.eps, buffers);
+    const float mean = row_statistics.mean, rstd = row_statistics.rstd;
 
 #pragma unroll
     for (int k = 0; k < kPacks; ++k) {
@@ -231,19 +212,6 @@ __global__ void __launch_bounds__(kMaxThreads)
       grad_shift[i - B * C] = sum;
     }
   }
-}
-
-// Whether rows that start at p and at multiples of the strides after it can be moved 16 bytes at a time.
-template <typename T>
-bool aligned(const T* p, int64_t stride_b, int64_t stride_l) {
-  constexpr int64_t kElements = 16 / sizeof(T);
-  return reinterpret_cast<uintptr_t>(p) % 16 == 0 && stride_b % kElements == 0 && stride_l % kElements == 0;
-}
-
-// The register kernels' block for a row of C elements: whole warps, kPacks packs a thread.
-int row_threads(int64_t C) {
-  constexpr int64_t kWarpElements = kWarpSize * kPacks * kPack;
-  return int((C + kWarpElements - 1) / kWarpElements) * kWarpSize;
 }
 
 // Mixing the two half types happens in no model; their register kernels would only lengthen the build.

@@ -19,6 +19,8 @@ from varkern.engine.options import Options, ScaleStep
 from varkern.models.blocks import AdaLNSelfAttn, KVCache
 from varkern.models.var import VAR
 from varkern.ops import sampling as ops
+from varkern.ops.gated_norm import gated_residual_layer_norm_
+from varkern.ops.norm import modulated_layer_norm
 
 
 class Noise(Protocol):
@@ -38,10 +40,39 @@ class CachedTransformer:
         self.caches = [KVCache(var.L) for _ in self.blocks]
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Embeddings (B, n, C) of the next scale -> normalised hidden states (B, n, C) float32, the head's input."""
-        for block, modulation, cache in zip(self.blocks, self.modulations, self.caches, strict=True):
-            x = block.modulated(x, modulation, cache)
-        return self.var.head_nm.modulated(x.float(), self.head_modulation).float()
+        """Embeddings (B, n, C) of the next scale -> normalised hidden states (B, n, C) float32, the head's input.
+
+        x is overwritten. What `AdaLNSelfAttn.modulated` does block by block, with every residual joined to the layer
+        norm that follows it, be it the next block's or, where x is float32, the head's.
+        """
+        if any(block.training for block in self.blocks):  # stochastic depth belongs to the blocks
+            for block, modulation, cache in zip(self.blocks, self.modulations, self.caches, strict=True):
+                x = block.modulated(x, modulation, cache)
+            return self.var.head_nm.modulated(x.float(), self.head_modulation).float()
+        x, head = x.contiguous(), self.var.head_nm
+        gates, norms = self._conditions()
+        h = modulated_layer_norm(x, *norms[0])
+        for i, (block, cache) in enumerate(zip(self.blocks, self.caches, strict=True)):
+            h = block.attn(h, cache)
+            h = gated_residual_layer_norm_(x, h, gates[2 * i], *norms[2 * i + 1])
+            h = block.ffn(h)
+            if i + 1 < len(self.blocks):
+                h = gated_residual_layer_norm_(x, h, gates[2 * i + 1], *norms[2 * i + 2])
+        head_scale, head_shift = self.head_modulation.unbind(2)
+        # The head's norm works on float32, and rounds to nothing else: with 16-bit x or gates it is an operation apart.
+        if x.dtype == torch.float32 and gates[-1].dtype == head_scale.dtype:
+            return gated_residual_layer_norm_(x, h, gates[-1], head_scale, head_shift, head.norm_eps)
+        x = x + h.mul(gates[-1])
+        return head.modulated(x.float(), self.head_modulation).float()
+
+    def _conditions(self) -> tuple[list[Tensor], list[tuple[Tensor, Tensor, float]]]:
+        """The gates of attention and feed-forward, block by block, and scale, shift and eps of the norm before each."""
+        gates, norms = [], []
+        for block, modulation in zip(self.blocks, self.modulations, strict=True):
+            gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation.unbind(2)
+            gates += [gamma1, gamma2]
+            norms += [(scale1, shift1, block.norm_eps), (scale2, shift2, block.norm_eps)]
+        return gates, norms
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(B, n, C) float32 -> (B, n, V) float32."""

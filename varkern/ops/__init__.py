@@ -12,6 +12,7 @@ from varkern.ops.attention import (
 )
 from varkern.ops.conv import conv3x3, conv3x3_reference
 from varkern.ops.decode import cached_attention, cached_attention_reference
+from varkern.ops.gated_norm import gated_residual_layer_norm_, gated_residual_layer_norm_reference_
 from varkern.ops.group_norm import (
     group_norm_affine,
     group_norm_affine_reference,
@@ -40,6 +41,8 @@ __all__ = [
     "current_backend",
     "explain",
     "filter_logits",
+    "gated_residual_layer_norm_",
+    "gated_residual_layer_norm_reference_",
     "group_norm_affine",
     "group_norm_affine_reference",
     "group_norm_silu",

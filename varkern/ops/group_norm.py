@@ -20,6 +20,7 @@ from varkern.ops._library import (
     Op,
     autograd,
     cpu_why_not,
+    cuda_why_not,
     current_backend,
     device_guard,
     dtype_why_not,
@@ -137,6 +138,10 @@ def check_group_norm(op: str, x: Tensor, weight: Tensor, bias: Tensor, num_group
         raise ValueError(f"{op}: x is {x.dtype} and weight {weight.dtype}, give floating-point tensors.")
 
 
+def _why_not_cuda(x: Tensor, *_: object) -> str | None:
+    return cuda_why_not(x) or dtype_why_not(x)
+
+
 def _why_not_cpu(x: Tensor, *_: object) -> str | None:
     return cpu_why_not(x) or dtype_why_not(x)
 
@@ -145,8 +150,8 @@ def _example(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
     return (torch.zeros(1, 64, 4, 4, device=device, dtype=dtype),)
 
 
-_SILU = Op("group_norm_silu", {"cpu": _why_not_cpu}, _example)
-_AFFINE = Op("group_norm_affine", {"cpu": _why_not_cpu}, _example)
+_SILU = Op("group_norm_silu", {"cuda": _why_not_cuda, "cpu": _why_not_cpu}, _example)
+_AFFINE = Op("group_norm_affine", {"cuda": _why_not_cuda, "cpu": _why_not_cpu}, _example)
 
 _INPUTS = "Tensor x, Tensor weight, Tensor bias, int num_groups, float eps"
 library.define(f"group_norm_silu({_INPUTS}, bool silu, str? backend) -> Tensor")
@@ -156,6 +161,18 @@ library.define(f"group_norm_affine({_INPUTS}, str? backend) -> Tensor")
 def _format(x: Tensor) -> torch.memory_format:
     """Of the result, and of the copy of an x that has neither."""
     return torch.channels_last if x.stride(1) == 1 and not x.is_contiguous() else torch.contiguous_format
+
+
+def _chunk_pixels(C: int, P: int, num_groups: int, channels_last: bool) -> int:
+    """How many pixels a block of the CUDA kernels takes.
+
+    By the image's shape alone, so that its bits depend on neither the device nor the batch. Channels next to each
+    other: up to 512 blocks an image, of 16 pixels at least; else up to 16 a group, of 4096 elements at least.
+    """
+    if channels_last:
+        return max(16, -(-P // 512))
+    pixels = max(4096 * num_groups // C, -(-P // 16), 1)
+    return -(-pixels // 8) * 8
 
 
 def _launch(
@@ -175,12 +192,18 @@ def _launch(
         return coefficients
     x = x.contiguous(memory_format=_format(x))
     weight, bias = (tensor.detach().float().contiguous() for tensor in (weight, bias))
+    channels_last = _format(x) == torch.channels_last
+    extra: tuple[int, ...] = ()
+    if backend == "cuda":
+        pixels = _chunk_pixels(C, H * W, num_groups, channels_last)
+        partial = x.new_empty((B, num_groups, -(-H * W // pixels), 2), dtype=torch.float64)
+        extra = partial.data_ptr(), pixels, *stream(x)
     with device_guard(x):
         extension(backend).group_norm(
             *(x.data_ptr(), weight.data_ptr(), bias.data_ptr()),
             *(0 if out is None else out.data_ptr(), coefficients.data_ptr(), B, C, H * W, num_groups),
-            *(DTYPE_CODES[x.dtype], _format(x) == torch.channels_last, silu, eps),
-            *stream(x),
+            *(DTYPE_CODES[x.dtype], channels_last, silu, eps),
+            *extra,
         )
     return coefficients
 

@@ -1,0 +1,72 @@
+"""group_norm_silu: eager PyTorch and varkern beside x.clone(), by memory format; and its statistics alone.
+
+Rows count x read twice and the result written once, of group_norm_affine x read once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import shapes
+import torch
+from torch import Tensor
+
+from varkern.ops import (
+    group_norm_affine,
+    group_norm_affine_reference,
+    group_norm_silu,
+    group_norm_silu_reference,
+)
+
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
+FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+
+
+def arguments(
+    shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    torch.manual_seed(0)
+    x = torch.randn(shape, device=device, dtype=dtype).contiguous(memory_format=layout)
+    weight, bias = torch.randn(2, shape[1], device=device, dtype=dtype).unbind(0)
+    return x, weight, bias, 32
+
+
+def check(got: Tensor, want: Tensor) -> None:
+    tolerance = 8 * torch.finfo(want.dtype).eps
+    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance * float(want.abs().max()))
+
+
+@pytest.mark.benchmark(group="group norm and SiLU")
+@pytest.mark.parametrize("layout", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("shape", shapes.GROUP_NORM.values(), ids=shapes.GROUP_NORM)
+def test_group_norm_silu(
+    compare: Any, device: torch.device, shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format
+) -> None:
+    with torch.inference_mode():
+        inputs = arguments(shape, dtype, layout, device)
+        check(group_norm_silu(*inputs), group_norm_silu_reference(*inputs))
+        calls = {
+            "reference": lambda: group_norm_silu_reference(*inputs),
+            "clone": inputs[0].clone,
+            "varkern": lambda: group_norm_silu(*inputs),
+        }
+        compare(calls, moved=3 * inputs[0].nbytes, shape=shape, dtype=str(dtype), layout=str(layout))
+
+
+@pytest.mark.benchmark(group="group norm, multiplier and offset")
+@pytest.mark.parametrize("layout", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("shape", shapes.GROUP_NORM.values(), ids=shapes.GROUP_NORM)
+def test_group_norm_affine(
+    compare: Any, device: torch.device, shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format
+) -> None:
+    with torch.inference_mode():
+        inputs = arguments(shape, dtype, layout, device)
+        check(group_norm_affine(*inputs), group_norm_affine_reference(*inputs))
+        calls = {
+            "reference": lambda: group_norm_affine_reference(*inputs),
+            "varkern": lambda: group_norm_affine(*inputs),
+        }
+        compare(calls, moved=inputs[0].nbytes, shape=shape, dtype=str(dtype), layout=str(layout))

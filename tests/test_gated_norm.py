@@ -1,0 +1,332 @@
+"""The gated residual: values, the two operations it stands for, operator checks, bad input, and in the engine."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import platform
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_models import tiny
+from torch import Tensor
+
+import varkern
+from varkern.engine import cached
+from varkern.ops import (
+    _library,
+    gated_residual_layer_norm_,
+    gated_residual_layer_norm_reference_,
+    modulated_layer_norm,
+    modulated_layer_norm_reference,
+    use_backend,
+)
+
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+SHAPES = {
+    "one_channel": (2, 3, 1),
+    "odd_channels": (2, 5, 33),
+    "one_token_d16": (2, 1, 1024),
+    "rows_of_two_warps": (1, 7, 520),
+    "many_rows": (3, 37, 24),
+    "no_batch": (0, 4, 16),
+    "no_rows": (2, 0, 16),
+    "no_channels": (2, 3, 0),
+}
+ALL = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {"-".join(names): tuple(ALL[n] for n in names) for names in itertools.product(ALL, ALL, ALL)}
+shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+
+
+def arguments(
+    shape: tuple[int, int, int],
+    device: torch.device | str = "cpu",
+    x_dtype: torch.dtype = torch.float32,
+    h_dtype: torch.dtype = torch.float32,
+    condition_dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As a model has them: h a slice, gate of one projection, scale and shift of another one."""
+    B, L, C = shape
+    x, h = torch.randn(B, L, C), torch.randn(B, L + 2, C + 3)
+    own, following = (torch.randn(B, 1, 6, C).to(device, condition_dtype) for _ in range(2))
+    scale, shift = following.unbind(2)[2::2]
+    return x.to(device, x_dtype), h.to(device, h_dtype)[:, 1 : L + 1, :C], own.unbind(2)[1], scale, shift
+
+
+def assert_as_accurate_as_eager(name: str, got: Tensor, eager: Tensor, exact: Tensor, largest_term: float = 0) -> None:
+    """At most twice the error of eager PyTorch, one rounding of the result and one of a float32 term before it."""
+    assert (got.dtype, got.shape) == (eager.dtype, eager.shape)
+    if not got.numel():
+        return
+    error, eagers = (got.double() - exact).abs().max(), (eager.double() - exact).abs().max()
+    rounding = torch.finfo(got.dtype).eps * exact.abs().max() + torch.finfo(torch.float32).eps * largest_term
+    assert error <= 2 * eagers + rounding, f"{name}: error {error:.3g}, eager's {eagers:.3g}, rounding {rounding:.3g}"
+
+
+def layer_norm_beside(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Tensor:
+    """By the backend that the op itself takes, which has no Triton kernel."""
+    backend = _library.current_backend()
+    with use_backend(None if backend == "triton" else backend):
+        return modulated_layer_norm(x, scale, shift, eps)
+
+
+def check(inputs: tuple[Tensor, ...], eps: float = 1e-6) -> None:
+    x, h, gate, scale, shift = inputs
+    C = x.size(2)
+    got_x, eager_x = x.clone(), x.clone()
+    got = gated_residual_layer_norm_(got_x, h, gate, scale, shift, eps)
+    assert got.is_contiguous()
+    gated_residual_layer_norm_reference_(eager_x, h, gate, scale, shift, eps)
+    row = (gate.size(0), 1, C)
+    exact_x = x.double() + gate.double().view(row) * h.double()
+    assert_as_accurate_as_eager("x", got_x, eager_x, exact_x)
+    # y is judged against the x that it was made of.
+    if _library.current_backend() == "cpu":  # CUDA may take kernels that add in another order
+        assert torch.equal(got, layer_norm_beside(got_x, scale, shift, eps))
+    if x.numel():
+        factor, wide = 1 + scale.double().view(row), got_x.double()
+        exact = torch.layer_norm(wide, (C,), eps=eps) * factor + shift.double().view(row)
+        variance, mean = torch.var_mean(wide, -1, correction=0, keepdim=True)
+        of_the_mean = float((mean * (variance + eps).rsqrt() * factor).abs().max())
+        two = modulated_layer_norm_reference(got_x, scale, shift, eps).to(torch.promote_types(x.dtype, scale.dtype))
+        assert_as_accurate_as_eager("y", got, two, exact, of_the_mean)
+
+
+def test_reference_is_the_formula() -> None:
+    x, h, gate, scale, shift = (tensor.double() for tensor in arguments((2, 3, 5)))
+    want_x = x + gate * h
+    centred = want_x - want_x.mean(-1, keepdim=True)
+    want = centred / torch.sqrt((centred**2).mean(-1, keepdim=True) + 1e-6) * (1 + scale) + shift
+    got = gated_residual_layer_norm_reference_(x, h, gate, scale, shift)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(x, want_x)
+
+
+@shapes
+@pytest.mark.usefixtures("nan_in_empty")
+def test_value(device: torch.device, shape: tuple[int, int, int]) -> None:
+    for dtypes in ((torch.float32,) * 3, (torch.bfloat16,) * 3, (torch.float32, torch.float16, torch.float16)):
+        check(arguments(shape, device, *dtypes))
+
+
+@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("C", [33, 64])
+@pytest.mark.usefixtures("nan_in_empty")
+def test_every_mixture_of_dtypes(device: torch.device, C: int, dtypes: tuple[torch.dtype, ...]) -> None:
+    check(arguments((2, 5, C), device, *dtypes))
+
+
+def test_two_dimensional_condition_shared_by_the_batch(device: torch.device) -> None:
+    x, h, *condition = arguments((3, 4, 33), device)
+    flat = [t.squeeze(1) for t in condition]
+    results = []
+    for forms in (condition, flat, [t[:1].expand(3, 33) for t in flat]):
+        mine = x.clone()
+        results.append((gated_residual_layer_norm_(mine, h, *forms), mine))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+    assert torch.equal(results[2][1][0], results[0][1][0])
+    torch.testing.assert_close(results[2][1], x + flat[0][:1] * h)
+    check((x, h, *flat))
+
+
+def test_strides(device: torch.device) -> None:
+    x, h, *condition = arguments((2, 4, 66), device)
+    h, condition = h[..., ::2], [t[..., ::2] for t in condition]
+    x = x[..., :33].contiguous()
+    mine, other = x.clone(), x.clone()
+    got = gated_residual_layer_norm_(mine, h, *condition)
+    want = gated_residual_layer_norm_(other, h.contiguous(), *(t.contiguous() for t in condition))
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(mine, other)
+    check((x, h.transpose(0, 1).contiguous().transpose(0, 1), *condition))
+    check((x, h[:, :1].expand_as(h), *condition))
+
+
+def test_large_mean(device: torch.device) -> None:
+    x, *others = arguments((2, 4, 96), device)
+    check((x + 1000.0, *others))
+    check((x - 30.0, *others))
+
+
+def test_the_number_of_threads_does_not_change_a_bit() -> None:
+    inputs = arguments((3, 300, 200))
+    threads, results = torch.get_num_threads(), []
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            mine = inputs[0].clone()
+            with use_backend("cpu"):
+                results.append((gated_residual_layer_norm_(mine, *inputs[1:]), mine))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_opcheck(device: torch.device) -> None:
+    op, backend = torch.ops.varkern.gated_residual_layer_norm_.default, _library.current_backend()
+    torch.library.opcheck(
+        op, (*arguments((2, 5, 33), device, torch.float32, torch.float16, torch.float16), 1e-6, backend)
+    )
+
+
+@pytest.mark.parametrize(
+    "compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)], ids=["aot", "inductor"]
+)
+def test_compile_fullgraph(device: torch.device, compiler: str) -> None:
+    if compiler == "inductor" and _library.current_backend() != "cpu":
+        pytest.skip("what the compiler makes of it does not depend on the backend")
+
+    def step(x: Tensor, h: Tensor, *condition: Tensor) -> Tensor:
+        y = gated_residual_layer_norm_(x, h * 2, *condition)
+        return y.square() + x
+
+    torch.compiler.reset()
+    compiled = torch.compile(step, fullgraph=True, backend=compiler)
+    x, *others = arguments((2, 5, 33), device)
+    mine, other = x.clone(), x.clone()
+    torch.testing.assert_close(compiled(mine, *others), step(other, *others), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-6)
+
+
+def test_gradients_are_refused(device: torch.device) -> None:
+    inputs = list(arguments((2, 4, 8), device))
+    before = inputs[0].clone()
+    message = r"gated_residual_layer_norm_ has no gradient: call it under torch\.no_grad\(\)"
+    for i in range(1, 5):
+        leaves = [t.detach().requires_grad_() if j == i else t for j, t in enumerate(inputs)]
+        with pytest.raises(RuntimeError, match=message):
+            gated_residual_layer_norm_(*leaves)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.varkern.gated_residual_layer_norm_(*leaves, 1e-6, _library.current_backend())
+    assert torch.equal(inputs[0], before)
+    with torch.no_grad():
+        want = gated_residual_layer_norm_(before.clone(), *leaves[1:])
+    with torch.inference_mode():
+        assert torch.equal(gated_residual_layer_norm_(before.clone(), *leaves[1:]), want)
+
+
+def test_float64_is_the_reference() -> None:
+    x, *others = (t.double() for t in arguments((2, 3, 5)))
+    other = x.clone()
+    assert torch.equal(gated_residual_layer_norm_(x, *others), gated_residual_layer_norm_reference_(other, *others))
+    assert torch.equal(x, other)
+    with use_backend("cpu"), pytest.raises(RuntimeError, match=r"torch\.float64 is none of"):
+        gated_residual_layer_norm_(x, *others)
+
+
+def test_fake_tensors_reach_no_kernel() -> None:
+    inputs = [t.to("meta") for t in arguments((2, 3, 5), "cpu", torch.float16, torch.bfloat16, torch.float32)]
+    out = gated_residual_layer_norm_(*inputs)
+    assert (out.device.type, out.shape, out.dtype) == ("meta", (2, 3, 5), torch.float32)
+
+
+BAD = {
+    "x_of_two_axes": (lambda a: a | {"x": a["x"][0]}, "x has shape (3, 8), give (B, L, C)"),
+    "x_strided": (lambda a: a | {"x": a["x"].transpose(0, 1)}, "x has strides (8, 24, 1), give a contiguous tensor"),
+    "h_of_another_length": (lambda a: a | {"h": a["h"][:, :2]}, "h has shape (2, 2, 8), give x's, (2, 3, 8)"),
+    "gate_of_another_width": (
+        lambda a: a | {"gate": a["gate"][..., :4]},
+        "gate has shape (2, 1, 4), give (2, 1, 8) or (2, 8)",
+    ),
+    "shift_of_another_batch": (lambda a: a | {"shift": a["shift"][:1]}, "shift has shape (1, 1, 8)"),
+    "two_forms": (lambda a: a | {"scale": a["scale"][:, 0]}, "scale is torch.float32 (2, 8) and gate torch.float32"),
+    "two_dtypes": (
+        lambda a: a | {"shift": a["shift"].half()},
+        "shift is torch.float16 (2, 1, 8) and gate",
+    ),
+    "another_device": (lambda a: a | {"h": a["h"].to("meta")}, "h is on meta and x on cpu, use one device"),
+    "integers": (lambda a: a | {"h": a["h"].int()}, "h torch.int32 and gate torch.float32, give floating-point"),
+}
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", None])
+@pytest.mark.parametrize(("change", "message"), BAD.values(), ids=BAD)
+def test_bad_input(change, message: str, backend: str | None) -> None:
+    names = ("x", "h", "gate", "scale", "shift")
+    inputs = change(dict(zip(names, arguments((2, 3, 8)), strict=True)))
+    before = inputs["x"].clone()
+    with use_backend(backend), pytest.raises(ValueError, match=re.escape(message)):
+        gated_residual_layer_norm_(**inputs)
+    assert torch.equal(inputs["x"], before)
+
+
+class TestEngine:
+    @staticmethod
+    def blocks(transformer: cached.CachedTransformer, x: Tensor) -> Tensor:
+        for block, modulation, cache in zip(
+            transformer.blocks, transformer.modulations, transformer.caches, strict=True
+        ):
+            x = block.modulated(x, modulation, cache)
+        return transformer.var.head_nm.modulated(x.float(), transformer.head_modulation).float()
+
+    @pytest.mark.parametrize("shared_aln", [False, True])
+    @pytest.mark.parametrize("mode", ["float32", "bfloat16", "autocast"])
+    def test_it_is_the_blocks_one_after_another(
+        self, mode: str, shared_aln: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        _, var = tiny(shared_aln=shared_aln)
+        var.init_weights(init_std=0.1, init_head=1.0, init_adaln_gamma=1.0)
+        if mode == "bfloat16":
+            var = var.bfloat16()
+        calls = []
+        monkeypatch.setattr(
+            cached, "gated_residual_layer_norm_", lambda *a: (calls.append(1), gated_residual_layer_norm_(*a))[1]
+        )
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
+            condition = var.class_emb(torch.tensor([1, 2, 3]))
+            one, other = (cached.CachedTransformer(var, condition) for _ in range(2))
+            for n in (1, 4):
+                dtype = torch.float32 if mode == "autocast" else var.head.weight.dtype
+                x = torch.randn(3, n, var.C).to(dtype)
+                got, want = one(x.clone()), self.blocks(other, x)
+                assert got.dtype == want.dtype == torch.float32
+                tolerance = 1e-5 if mode == "float32" else 0.1
+                torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+        # In 16 bits, and where shared gates are float32 beside the head's 16 bits, the head's norm stays apart.
+        joined = mode == "float32" or (mode == "autocast" and not shared_aln)
+        assert len(calls) == 2 * (2 * len(var.blocks) - 1 + joined)
+
+    def test_training_blocks_keep_their_dropped_paths(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        _, var = tiny()
+        var.train()
+        monkeypatch.setattr(cached, "gated_residual_layer_norm_", lambda *_: pytest.fail("the residual was joined"))
+        with torch.no_grad():
+            transformer = cached.CachedTransformer(var, var.class_emb(torch.tensor([1])))
+            assert transformer(torch.randn(1, 1, var.C)).isfinite().all()
+
+    def test_tokens_of_the_reference(self) -> None:
+        _, var = tiny()
+        var.init_weights(init_std=0.1, init_head=1.0, init_adaln_gamma=1.0)
+        got = varkern.generate(var, 2, 1, 0)
+        with use_backend("reference"):
+            want = varkern.generate(var, 2, 1, 0)
+        assert all(torch.equal(a, b) for a, b in zip(got.tokens, want.tokens, strict=True))
+
+
+LEVELS = """
+import torch, test_gated_norm as t
+from varkern import _C
+from varkern.ops import use_backend
+torch.manual_seed(0)
+with use_backend("cpu"):
+    for shape in t.SHAPES.values():
+        for dtypes in t.DTYPES.values():
+            t.check(t.arguments(shape, "cpu", *dtypes))
+print(_C.simd_level())
+"""
+
+
+@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"] if X86 else ["baseline"])
+def test_simd_levels(level: str) -> None:
+    environment = {"VARKERN_SIMD": level, "PYTHONPATH": os.path.dirname(__file__)}
+    done = subprocess.run(
+        [sys.executable, "-c", LEVELS], capture_output=True, text=True, env={**os.environ, **environment}
+    )
+    assert done.returncode == 0, done.stderr
+    if done.stdout.strip() != level:
+        pytest.skip(f"this processor does not run {level}")
