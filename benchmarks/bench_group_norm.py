@@ -32,9 +32,12 @@ def arguments(
     return x, weight, bias, 32
 
 
-def check(got: Tensor, want: Tensor) -> None:
-    tolerance = 8 * torch.finfo(want.dtype).eps
-    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance * float(want.abs().max()))
+def check(got: Tensor, x: Tensor, *others: Any, reference: Any) -> None:
+    """Against float64: at 256x256 eager PyTorch's own statistics are hundreds of roundings off."""
+    weight, bias, groups = others
+    want = reference(x.double(), weight.double(), bias.double(), groups)
+    tolerance = 8 * torch.finfo(got.dtype).eps
+    torch.testing.assert_close(got.double(), want.double(), rtol=tolerance, atol=tolerance * float(want.abs().max()))
 
 
 @pytest.mark.benchmark(group="group norm and SiLU")
@@ -46,7 +49,7 @@ def test_group_norm_silu(
 ) -> None:
     with torch.inference_mode():
         inputs = arguments(shape, dtype, layout, device)
-        check(group_norm_silu(*inputs), group_norm_silu_reference(*inputs))
+        check(group_norm_silu(*inputs), *inputs, reference=group_norm_silu_reference)
         calls = {
             "reference": lambda: group_norm_silu_reference(*inputs),
             "clone": inputs[0].clone,
@@ -64,7 +67,7 @@ def test_group_norm_affine(
 ) -> None:
     with torch.inference_mode():
         inputs = arguments(shape, dtype, layout, device)
-        check(group_norm_affine(*inputs), group_norm_affine_reference(*inputs))
+        check(group_norm_affine(*inputs), *inputs, reference=group_norm_affine_reference)
         calls = {
             "reference": lambda: group_norm_affine_reference(*inputs),
             "varkern": lambda: group_norm_affine(*inputs),

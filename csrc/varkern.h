@@ -242,7 +242,7 @@ const char* modulated_layer_norm_backward(const ModulatedLayerNormBackward& args
 
 const char* gated_residual_layer_norm(const GatedResidualLayerNorm& args, void* stream);
 
-// partial: (B, groups, chunks, 2) float64, the mean and the sum of squares around it of chunk_pixels consecutive pixels,
+// partial: (B, groups, chunks, 2) float64, mean and sum of squares around it of chunk_pixels consecutive pixels, with
 // chunks = ceil(P / chunk_pixels). What is added up in which order depends on chunk_pixels.
 const char* group_norm(const GroupNorm& args, double* partial, int64_t chunk_pixels, void* stream);
 

@@ -36,9 +36,9 @@ struct Chunks {
 
 // Of every channel of a chunk, or of one: a centre near the mean, and the sums of x - centre and of its square.
 //
-// The mean of a share p of the elements is at most sqrt((1 - p) / p) standard deviations off, so that taking the squares
-// around it loses at most the factor 1 / p of float32's precision, whatever the mean. The sum of x - centre makes up for
-// what the centre is off.
+// The mean of a share p of the elements is at most sqrt((1 - p) / p) standard deviations off, so that taking the
+// squares around it loses at most the factor 1 / p of float32's precision, whatever the mean. The sum of x - centre
+// makes up for what the centre is off.
 struct Statistics {
   float *centre, *sum, *square;
 

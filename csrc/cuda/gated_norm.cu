@@ -1,4 +1,5 @@
-// A gated residual and the modulated layer norm after it on CUDA, in one pass: x and h are read once, x and out written.
+// A gated residual and the modulated layer norm after it on CUDA, in one pass: x and h are read once, x and out are
+// written once.
 //
 // As in norm.cu a block keeps a row in registers, and the generic kernel takes what is too long, not aligned to 16
 // bytes, or mixes float16 with bfloat16.

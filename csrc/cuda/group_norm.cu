@@ -1,5 +1,5 @@
-// Group normalisation with SiLU on CUDA: the statistics of chunks of pixels, their combination, one pass that applies it.
-// The floor is x read twice, of which small maps find the second time in the cache, and out written once.
+// Group normalisation with SiLU on CUDA: the statistics of chunks of pixels, their combination, one pass that applies
+// it. The floor is x read twice, of which small maps find the second time in the cache, and out written once.
 //
 // Channels next to each other (channels_last): a thread owns a pack of eight channels and walks over pixels, its
 // coefficients in registers. Contiguous maps, and channels that make no packs: a block takes a chunk of one group.
@@ -27,9 +27,9 @@ struct Cut {
   }
 };
 
-// A thread's or a lane's elements: how many, a centre near their mean, the sums of x - centre and of its square. The mean
-// of a share p of the elements is at most sqrt((1 - p) / p) standard deviations off, so that float32 loses at most the
-// factor 1 / p of its precision to it; with few loads that share is the first of them.
+// A thread's elements: how many, a centre near their mean, the sums of x - centre and of its square. The mean of a share
+// p of the elements is at most sqrt((1 - p) / p) standard deviations off, so that float32 loses at most the factor 1 / p
+// of its precision to it.
 __device__ __forceinline__ double total(double n, float centre, float sum) { return n * double(centre) + double(sum); }
 
 // The sum of squares around mean.
@@ -125,7 +125,8 @@ struct GroupChunk {
     return channels_last ? step % width : step / (pixels / kStep);
   }
   __device__ __forceinline__ int64_t at(unsigned step, unsigned c, int64_t C) const {
-    return base + (channels_last ? int64_t(step / width) * C + c : int64_t(c) * stride + step % (pixels / kStep) * kStep);
+    if (channels_last) return base + int64_t(step / width) * C + c;
+    return base + int64_t(c) * stride + step % (pixels / kStep) * kStep;
   }
   __device__ __forceinline__ void load(const T* x, float (&v)[kStep]) const {
     if constexpr (kPacked) {
@@ -293,7 +294,7 @@ const char* group_norm_of(const GroupNorm& a, double* partial, int64_t chunk_pix
 
 const char* group_norm(const GroupNorm& args, double* partial, int64_t chunk_pixels, void* stream) {
   if (args.B * args.C * args.P == 0) return nullptr;
-  if (chunk_pixels < 1 || chunk_pixels > 0x7fffffff / args.C) return "a chunk has at least one pixel and fewer than 2^31 / C";
+  if (chunk_pixels < 1 || chunk_pixels > 0x7fffffff / args.C) return "a chunk must have 1 to 2^31 / C pixels";
   return dispatch_dtype(args.dtype, [&](auto element) {
     return group_norm_of<decltype(element)>(args, partial, chunk_pixels, stream);
   });

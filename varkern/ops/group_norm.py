@@ -50,10 +50,10 @@ def group_norm_silu_reference(
 def group_norm_affine_reference(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float = 1e-6) -> Tensor:
     """``group_norm_affine`` in plain PyTorch; same arguments and result."""
     wide = x if x.dtype == torch.float64 else x.float()
-    grouped = wide.flatten(2).unflatten(1, (num_groups, x.size(1) // num_groups))
-    variance, mean = torch.var_mean(grouped, (2, 3), correction=0, keepdim=True)
-    multiplier = torch.rsqrt(variance + eps) * weight.to(wide.dtype).view(num_groups, -1, 1)
-    offset = bias.to(wide.dtype).view(num_groups, -1, 1) - mean * multiplier
+    grouped = wide.flatten(2).unflatten(1, (num_groups, x.size(1) // num_groups)).flatten(2)
+    variance, mean = torch.var_mean(grouped, 2, correction=0, keepdim=True)
+    multiplier = torch.rsqrt(variance + eps) * weight.to(wide.dtype).view(num_groups, -1)
+    offset = bias.to(wide.dtype).view(num_groups, -1) - mean * multiplier
     return torch.stack((multiplier, offset)).flatten(2).float()
 
 

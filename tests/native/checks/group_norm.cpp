@@ -35,7 +35,9 @@ void run(const Shape& s, DType dtype, bool silu, bool affine) {
   check::ran(varkern::cuda::group_norm({x.data(), weight.data(), bias.data(), affine ? nullptr : out.data(),
                                         coefficients.data(), B, C, P, groups, dtype, channels_last, silu, 1e-6},
                                        partial.data(), chunk_pixels, nullptr));
-  const auto at = [&](int64_t b, int64_t c, int64_t p) { return channels_last ? (b * P + p) * C + c : (b * C + c) * P + p; };
+  const auto at = [&](int64_t b, int64_t c, int64_t p) {
+    return channels_last ? (b * P + p) * C + c : (b * C + c) * P + p;
+  };
   for (int64_t b = 0; b < B; ++b) {
     for (int64_t c = 0; c < C; ++c) {
       const int64_t first = c / width * width;
@@ -57,10 +59,11 @@ void run(const Shape& s, DType dtype, bool silu, bool affine) {
                     int(channels_last), double(coefficients[(B + b) * C + c]), exact_offset);
       for (int64_t p = 0; p < P && !affine; ++p) {
         const double z = (x.at(at(b, c, p)) - mean) * multiplier + bias[c], exact = silu ? z / (1.0 + exp(-z)) : z;
-        const double bound = check::epsilon(dtype) * fabs(exact) + (relative + 16.0 * 0x1p-24) * (fabs(z) + 1.0) + small;
+        const double terms = (relative + 16.0 * 0x1p-24) * (fabs(z) + 1.0) + small;
+        const double bound = check::epsilon(dtype) * fabs(exact) + terms;
         const double ours = out.at(at(b, c, p));
         check::expect(fabs(ours - exact) <= bound,  // false for NaN
-                      "out[%lld, %lld, %lld] of (%lld, %lld, %lld), dtype %d, channels_last %d: %g, expected %g within %g",
+                      "out[%lld, %lld, %lld] of (%lld, %lld, %lld), dtype %d, channels_last %d: %g, not %g within %g",
                       (long long)b, (long long)c, (long long)p, (long long)B, (long long)C, (long long)P, int(dtype),
                       int(channels_last), ours, exact, bound);
       }
@@ -72,7 +75,7 @@ void run(const Shape& s, DType dtype, bool silu, bool affine) {
 
 int main() {
   const group_norm_check::Shape shapes[] = {
-      {2, 40, 21, 8, 16, true, 0.0},    // packs of channels, groups across them, fewer pixels than rows in the last chunk
+      {2, 40, 21, 8, 16, true, 0.0},    // packs of channels, groups across them, few pixels in the last chunk
       {1, 264, 37, 11, 16, true, 30.0},  // rows that leave threads idle
       {1, 640, 5, 32, 4, true, 0.0},
       {2, 6, 19, 3, 8, true, 0.0},       // no packs
