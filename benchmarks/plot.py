@@ -1,12 +1,14 @@
 """Pictures and the table of a recorded run: python benchmarks/plot.py benchmarks/results/<device>.json
 
 Draws <device>-speedup.png, <device>-scaling.png and <device>-roofline.png into docs/images/benchmarks (--out FOLDER);
---markdown README.md also renews the table between the comments "benchmarks: begin" and "benchmarks: end" there.
+--markdown README.md docs/performance.md also renews the tables there, between the comments "benchmarks: begin" and
+"benchmarks: end" (every case) or "benchmarks-summary: begin" and its end.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -37,7 +39,7 @@ def speedups(result: Result) -> Any:
     figure, axes = pyplot().subplots(figsize=(9, 1 + 0.24 * len(rows)), layout="constrained")
     for i, row in enumerate(reversed(rows)):
         low, high = row["speedup_quartiles"]
-        axes.barh(i, row["speedup"], color=OURS if row["speedup"] > 1 else BASELINE, height=0.7)
+        axes.barh(i, row["speedup"] - 1, left=1, color=OURS if row["speedup"] > 1 else BASELINE, height=0.7)
         axes.plot([low, high], [i, i], color="black", linewidth=1)
         axes.annotate(f" {row['speedup']:.2f}", (max(row["speedup"], high), i), va="center", fontsize=7)
     axes.set_yticks(
@@ -111,7 +113,7 @@ def roofline(result: Result) -> Any:
     for row in rows:  # the name of a group once, at its first point
         if row["provider"] == "varkern" and row["group"] not in seen:
             seen.add(row["group"])
-            axes.annotate(row["group"].partition(":")[0], (intensity[id(row)], row["gflop_s"]), fontsize=6)
+            axes.annotate(re.split("[:,]", row["group"])[0], (intensity[id(row)], row["gflop_s"]), fontsize=6)
     axes.set(xscale="log", yscale="log", xlabel="operations a byte, each byte once", ylabel="GFLOP/s")
     axes.set_title(f"{result['device']}: a copy {bandwidth:.0f} GB/s, a product {product:.0f} GFLOP/s", fontsize=10)
     axes.legend(fontsize=8)
@@ -135,7 +137,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("result", type=Path)
     parser.add_argument("--out", type=Path, default=FIGURES, help="(default: %(default)s)")
-    parser.add_argument("--markdown", type=Path, metavar="FILE")
+    parser.add_argument("--markdown", type=Path, nargs="+", default=[], metavar="FILE")
     options = parser.parse_args(argv)
     try:
         result = record.read(options.result)
@@ -145,9 +147,9 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"varkern: there is no result {options.result}; `varkern bench` writes one")
     for path in draw(result, options.out, options.result.stem):
         print(path)
-    if options.markdown is not None:
-        record.replace_between(options.markdown, "benchmarks", record.markdown(result))
-        print(options.markdown)
+    for page in options.markdown:
+        record.fill(page, result)
+        print(page)
 
 
 if __name__ == "__main__":

@@ -243,39 +243,74 @@ def not_faster(result: Result) -> list[str]:
 
 
 def markdown(result: Result) -> str:
-    """Median times and speed-ups against the baseline of every comparison, as a table in Markdown."""
-    versions, groups = result["versions"], comparisons(result)
-    lines = [
-        f"{result['device']}; torch {versions['torch']}, Python {versions['python']}; commit {result['commit'][:9]}, "
-        f"{result['date'][:10]}; `{result['command']}`. Speed-up: median over interleaved rounds, with quartiles.",
-        "",
-        "| | case | baseline | varkern | speed-up |",
-        "|---|---|---|---|---|",
-    ]
+    """Median times and speed-ups against the baseline of every comparison, peaks of memory, and what is not faster."""
+    groups = comparisons(result)
+    lines = [_provenance(result), "", "| | case | baseline | varkern | speed-up |", "|---|---|---|---|---|"]
     shown = None
     for row in ours(result):
         group = row["group"]
-        base = next(r for r in groups[group, row["name"]] if r["provider"] == row["baseline"])
-        slow, fast = row["speedup_quartiles"]
         first, shown = (group if group != shown else ""), group
-        times = f"{seconds(base['median_s'])} ({row['baseline']}) | {seconds(row['median_s'])}"
-        lines.append(f"| {first} | {row['name']} | {times} | {row['speedup']:.2f} ({slow:.2f}–{fast:.2f}) |")
+        lines.append(f"| {first} | {row['name']} | {_times(row, groups)} | {_speedup(row)} |")
     memory = [(rows[0], rows[-1]) for rows in groups.values() if rows[0]["median_s"] is None and len(rows) > 1]
-    memory = [pair for pair in memory if pair[0]["peak_bytes"]]
     if memory:
-        lines += [
-            "",
-            "| peak memory of a call, inputs and weights excluded | reference | varkern | |",
-            "|---|---|---|---|",
-        ]
+        lines += ["", "| peak memory, inputs and weights excluded | reference | varkern | |", "|---|---|---|---|"]
         for base, row in memory:
-            share = row["peak_bytes"] / base["peak_bytes"]
-            lines.append(
-                f"| {row['name']} | {bytes_(base['peak_bytes'])} | {bytes_(row['peak_bytes'])} | {share:.0%} |"
-            )
+            peaks = f"{bytes_(base['peak_bytes'])} | {bytes_(row['peak_bytes'])}"
+            lines.append(f"| {row['name']} | {peaks} | {row['peak_bytes'] / base['peak_bytes']:.0%} |")
+    return "\n".join([*lines, "", _losses(result)])
+
+
+def summary(result: Result) -> str:
+    """A line for each case of what users run, and one for each group of an op: how many cases, from what to what."""
+    groups, chosen = comparisons(result), ours(result)
+    lines = [_provenance(result), "", "| | baseline | varkern | speed-up |", "|---|---|---|---|"]
+    for row in chosen:
+        if row["file"] in END_TO_END:
+            lines.append(f"| {row['group']}: {row['name']} | {_times(row, groups)} | {_speedup(row)} |")
+    for group in dict.fromkeys(row["group"] for row in chosen if row["file"] not in END_TO_END + ELSEWHERE):
+        rows = [row for row in chosen if row["group"] == group]
+        low, high = min(row["speedup"] for row in rows), max(row["speedup"] for row in rows)
+        span = f"{low:.2f}" if len(rows) == 1 else f"{low:.2f}–{high:.2f}"
+        bases = ", ".join(dict.fromkeys(row["baseline"] for row in rows))
+        lines.append(f"| {group} | {bases} | {len(rows)} case{'s' * (len(rows) > 1)} | {span} |")
+    return "\n".join([*lines, "", _losses(result)])
+
+
+# What users run, and what is shown as a picture.
+END_TO_END = ("bench_generate.py", "bench_tokenizer.py", "bench_training.py")
+ELSEWHERE = ("bench_scaling.py",)
+
+
+def _provenance(result: Result) -> str:
+    versions = result["versions"]
+    return (
+        f"{result['device']}; torch {versions['torch']}, Python {versions['python']}; commit {result['commit'][:9]}, "
+        f"{result['date'][:10]}; `{result['command']}`. Speed-up: median over interleaved rounds, with quartiles."
+    )
+
+
+def _times(row: Row, groups: dict[tuple[str, str], list[Row]]) -> str:
+    base = next(r for r in groups[row["group"], row["name"]] if r["provider"] == row["baseline"])
+    return f"{seconds(base['median_s'])} ({row['baseline']}) | {seconds(row['median_s'])}"
+
+
+def _speedup(row: Row) -> str:
+    slow, fast = row["speedup_quartiles"]
+    return f"{row['speedup']:.2f} ({slow:.2f}–{fast:.2f})"
+
+
+def _losses(result: Result) -> str:
     losses = not_faster(result)
-    lines += ["", "Not faster than the baseline: " + ("; ".join(losses) if losses else "none of these") + "."]
-    return "\n".join(lines)
+    return "Not faster than the baseline: " + ("; ".join(losses) if losses else "none of these") + "."
+
+
+def fill(path: Path, result: Result) -> None:
+    """Write the tables into the places that a file has for them: "benchmarks" for all, "benchmarks-summary"."""
+    content = path.read_text(encoding="utf-8")
+    tables = {"benchmarks": markdown, "benchmarks-summary": summary}
+    markers = [marker for marker in tables if f"<!-- {marker}: begin" in content]
+    for marker in markers or ["benchmarks"]:
+        replace_between(path, marker, tables[marker](result))
 
 
 def replace_between(path: Path, marker: str, text: str) -> None:

@@ -182,9 +182,9 @@ def run(options: argparse.Namespace) -> int:
     if out is not None:
         record.write(out, kept)
         report += [f"\nwritten to {out}"]
-    if options.markdown is not None:
-        record.replace_between(options.markdown, "benchmarks", record.markdown(kept))
-        report += [f"table in {options.markdown}"]
+    for page in options.markdown:
+        record.fill(page, kept)
+        report += [f"table in {page}"]
     report += ["", bars.table(kept)]
     for title, lines in (("not run", result["not_run"]), ("failed", result["failures"])):
         if lines:

@@ -444,4 +444,7 @@ def test_markdown_has_gains_losses_and_memory(tmp_path: Path) -> None:
     assert "old" not in again
     page.write_text("nothing here")
     with pytest.raises(ValueError, match="has no place for a table"):
-        record.replace_between(page, "benchmarks", text)
+        record.fill(page, found)
+    page.write_text("<!-- benchmarks-summary: begin -->\n<!-- benchmarks-summary: end -->\n")
+    record.fill(page, found)
+    assert f"| {bars.ENCODE} | reference | 2 cases | 0.80–2.00 |" in page.read_text()

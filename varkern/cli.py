@@ -54,7 +54,7 @@ EXAMPLES = {
   varkern bench                                    everything, within ten minutes, into benchmarks/results/
   varkern bench --only attention,norm              some of it; other rows of the recorded run stay
   varkern bench --smoke                            does every benchmark run? nothing is recorded
-  varkern bench --markdown README.md               and renew the table there""",
+  varkern bench --markdown README.md docs/performance.md   and renew the tables there""",
     "info": """
   varkern info
   varkern info --json""",
@@ -208,8 +208,10 @@ def _bench_options(parser: Parser) -> None:
     parser.add_argument(
         "--markdown",
         type=Path,
+        nargs="+",
+        default=[],
         metavar="FILE",
-        help="write the table between the comments 'benchmarks: begin' and 'end'",
+        help="renew the tables between the comments 'benchmarks: begin' and 'end', or 'benchmarks-summary: ...'",
     )
 
 
