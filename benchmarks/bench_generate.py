@@ -17,7 +17,7 @@ from measure import settings
 
 import varkern
 
-CPU = [("small", 1), ("small", 8), ("d16", 1)]
+CPU = [("small", 1), ("small", 4), ("d16", 1)]
 CUDA = [("d16", 1), ("d16", 8), ("d16", 64), ("d20", 64), ("d24", 25), ("d30", 64)]
 SIZES = [("small", 1)] if settings.smoke else [*CPU, *(size for size in CUDA if size not in CPU)]
 DEPTHS = {"small": 2 if settings.smoke else 4, "d16": 16, "d20": 20, "d24": 24, "d30": 30}
@@ -37,15 +37,14 @@ def generation(var: varkern.VAR, batch: int, backend: str | None) -> Callable[[]
 
 def check(got: varkern.Generation, want: varkern.Generation, device: torch.device) -> None:
     """On a CPU the same tokens, and images that differ by rounding. In 16 bits a near-tie may be drawn otherwise, and
-    what follows it: most tokens have to agree, all but a few of the first scales."""
+    what follows it: nearly all tokens have to agree. (With these weights all do between bfloat16 and float32 at d4;
+    guidance that is wrong by 5 % changes an eighth of them, top-k of 700 instead of 900 four fifths.)"""
     share = models.same_tokens(got.tokens, want.tokens)
     if device.type == "cpu":
-        assert share == 1
+        assert share == 1, f"{share:.2%} of the tokens agree"
         torch.testing.assert_close(got.images, want.images, rtol=0, atol=1e-3)
-        return
-    early = models.same_tokens(got.tokens[:4], want.tokens[:4])
-    assert early > 0.9, f"{early:.1%} of the first scales' tokens agree"
-    assert share > 0.5, f"{share:.1%} of the tokens agree"
+    else:
+        assert share > 0.9, f"{share:.2%} of the tokens agree"
 
 
 @pytest.mark.benchmark(group="generation")

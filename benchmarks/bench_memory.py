@@ -22,11 +22,12 @@ CASES = [
     "generate d16-B1",
     "generate small-B1",
     "generate small-B8",
-    "generate small-B32",
     "encode 256px-B32",
     "sample_tokens B8-16x16",
     "attention 512px-forward+backward",
 ]
+if settings.full:
+    CASES.append("generate small-B32")
 if settings.smoke:
     CASES = ["generate tiny-B1"]
 

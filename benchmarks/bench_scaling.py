@@ -16,7 +16,7 @@ from bench_generate import check, generation
 from measure import settings
 
 CPU_DEPTHS, CUDA_DEPTHS = [2, 4, 8], [8, 12, 16, 20, 24, 30]
-CPU_BATCHES, CUDA_BATCHES = [1, 2, 4, 8, 16], [1, 2, 4, 8, 16, 32, 64, 128, 256]
+CPU_BATCHES, CUDA_BATCHES = [1, 2, 4, 8], [1, 2, 4, 8, 16, 32, 64, 128, 256]
 if settings.full:
     CPU_BATCHES, CPU_DEPTHS = [1, 2, 4, 8, 16, 32, 64], [2, 3, 4, 6, 8, 12]
 if settings.smoke:

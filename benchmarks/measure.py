@@ -25,7 +25,7 @@ Call = Callable[[], Any]
 
 ROUNDS, WARM_UP = 60, 5
 MIN_ROUNDS = 5  # 3 where a round takes longer than SLOW_ROUND
-SLOW_ROUND = 5.0  # seconds
+SLOW_ROUND, SLOW_CALL = 5.0, 1.0  # seconds
 MIN_SECONDS = 1e-3  # of one sample: shorter calls are repeated
 L2_BYTES = 256 << 20  # more than any GPU's second-level cache
 
@@ -46,7 +46,7 @@ class Settings:
     @property
     def seconds(self) -> float:
         """Of one comparison."""
-        return 15.0 if self.full else 5.0
+        return 15.0 if self.full else 3.0
 
 
 settings = Settings()
@@ -88,7 +88,8 @@ def file_name(device: str) -> str:
 
 @functools.cache
 def _flush_buffer(device: torch.device) -> torch.Tensor:
-    return torch.empty(L2_BYTES, dtype=torch.int8, device=device)
+    with torch.inference_mode(False):  # it is written in and out of that mode
+        return torch.empty(L2_BYTES, dtype=torch.int8, device=device)
 
 
 def sample(call: Call, repeats: int, device: torch.device) -> float:
@@ -116,23 +117,31 @@ def interleave(calls: dict[str, Call], device: torch.device) -> dict[str, list[f
     """Seconds a call of each provider, one sample each in every round."""
     if settings.smoke:
         return {name: [sample(call, 1, device)] for name, call in calls.items()}
-    repeats, round_seconds = {}, 0.0
-    for name, call in calls.items():
-        estimate = sample(call, 1, device)
-        if estimate < 0.1:
-            for _ in range(WARM_UP):
-                call()
-            estimate = max(sample(call, 3, device), 1e-7)
-        elif estimate < 1 or device.type == "cuda":  # the first call may have compiled something
-            estimate = sample(call, 1, device)
-        repeats[name] = max(1, round(MIN_SECONDS / estimate))
-        round_seconds += estimate * repeats[name]
-    names, seconds = list(calls), {name: [] for name in calls}
-    least = MIN_ROUNDS if round_seconds < SLOW_ROUND else 3
-    for i in range(min(ROUNDS, max(least, round(settings.seconds / round_seconds)))):
+    first = {name: sample(call, 1, device) for name, call in calls.items()}
+    if device.type == "cpu" and min(first.values()) >= SLOW_CALL:
+        seconds = {name: [value] for name, value in first.items()}  # the checks were the warm-up
+        repeats, round_seconds = dict.fromkeys(calls, 1), sum(first.values())
+    else:
+        seconds = {name: [] for name in calls}
+        estimates = {name: _warm(call, first[name], device) for name, call in calls.items()}
+        repeats = {name: max(1, round(MIN_SECONDS / estimate)) for name, estimate in estimates.items()}
+        round_seconds = sum(estimates[name] * repeats[name] for name in calls)
+    names, least = list(calls), MIN_ROUNDS if round_seconds < SLOW_ROUND else 3
+    for i in range(len(seconds[names[0]]), min(ROUNDS, max(least, round(settings.seconds / round_seconds)))):
         for name in names[i % len(names) :] + names[: i % len(names)]:
             seconds[name].append(sample(calls[name], repeats[name], device))
     return seconds
+
+
+def _warm(call: Call, first: float, device: torch.device) -> float:
+    """Seconds a call once it is warm, roughly; its first call, which may have compiled something, took ``first``."""
+    if first >= 0.1:
+        first = sample(call, 1, device)
+    if first < 0.1:
+        for _ in range(WARM_UP):
+            call()
+        first = sample(call, 3, device)
+    return max(first, 1e-7)
 
 
 def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:

@@ -20,10 +20,11 @@ def build(
 ) -> varkern.VAR:
     """A transformer of the published form, its tokenizer in ``vae_proxy[0]``; ch = 160 is the published tokenizer."""
     torch.manual_seed(0)
-    _, var = varkern.build_vae_var(device, patch_nums, depth=depth, ch=ch)
-    # Sharper logits than fresh weights give: top-k and top-p have something to choose, and a wrong logit shows.
+    # Fresh weights say little: conditions near zero, which switch the blocks off, and logits that are nearly flat. With
+    # these a wrong result of any op changes tokens, and top-k and top-p have something to choose.
+    _, var = varkern.build_vae_var(device, patch_nums, depth=depth, ch=ch, init_adaln_gamma=1.0, init_head=1.0)
     with torch.no_grad():
-        var.head.weight.mul_(50)
+        var.class_emb.weight.div_(var.class_emb.weight.std())
     return var.eval()
 
 

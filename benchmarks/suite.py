@@ -34,7 +34,7 @@ ROOT = BENCHMARKS.parent
 FIRST = ("generate", "memory", "attention", "quantize", "sampling", "training", "norm")
 LAST = ("scaling",)
 # Nothing is begun in the last part of the time: what runs has to end within it.
-RESERVE = 0.15
+RESERVE = 0.1
 
 
 def files(only: list[str]) -> list[Path]:
