@@ -52,10 +52,12 @@ def run(
             assert torch.equal(*tokens)
         else:  # another order of summation: a code in a thousand may be another
             assert (tokens[0] == tokens[1]).float().mean() > 0.999
-        calls = {
-            "reference": lambda: reference(logits, noise, *setting),
-            "varkern": lambda: ops.sample_tokens(logits, noise, *setting),
-        }
+        calls = {"reference": lambda: reference(logits, noise, *setting)}
+        if settings.compile:
+            compiled = torch.compile(reference, dynamic=False)
+            calls["torch.compile"] = lambda: compiled(logits, noise, *setting)
+            assert (calls["torch.compile"]() == tokens[0]).float().mean() > 0.999
+        calls["varkern"] = lambda: ops.sample_tokens(logits, noise, *setting)
         moved = logits.nbytes + noise.nbytes + tokens[0].nbytes
         compare(calls, moved=moved, shape=tuple(logits.shape), dtype=str(dtype), setting=setting)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import models
@@ -53,14 +54,20 @@ def test_decode(compare: Any, device: torch.device, ch: int, batch: int) -> None
     vae = tokenizer(ch, batch, device)
     f_hat = torch.randn(batch, vae.Cvae, PATCH_NUMS[-1], PATCH_NUMS[-1], device=device)
 
-    def decode(backend: str | None) -> torch.Tensor:
-        with torch.inference_mode(), varkern.use_backend(backend), models.as_the_demo_runs(device):
-            return vae.fhat_to_img(f_hat)
+    compiled = torch.compile(vae.fhat_to_img, dynamic=False)  # nothing is compiled before it is called
 
-    calls = {"reference": lambda: decode("reference"), "varkern": lambda: decode(None)}
-    got, want = calls["varkern"](), calls["reference"]()
-    tolerance = 1e-4 if device.type == "cpu" else 2e-2
-    torch.testing.assert_close(got.float(), want.float(), rtol=0, atol=tolerance * float(want.abs().max()))
+    def decode(backend: str | None, function: Callable[..., torch.Tensor] = vae.fhat_to_img) -> torch.Tensor:
+        with torch.inference_mode(), varkern.use_backend(backend), models.as_the_demo_runs(device):
+            return function(f_hat)
+
+    calls = {"reference": lambda: decode("reference")}
+    if settings.compile:
+        calls["torch.compile"] = lambda: decode("reference", compiled)
+    calls["varkern"] = lambda: decode(None)
+    want, tolerance = calls["reference"](), 1e-4 if device.type == "cpu" else 2e-2
+    for name in list(calls)[1:]:
+        got = calls[name]().float()
+        torch.testing.assert_close(got, want.float(), rtol=0, atol=tolerance * float(want.abs().max()))
     weights = sum(p.numel() for p in vae.decoder.parameters())
     dtype = torch.float32 if device.type == "cpu" else torch.float16
     flop = batch * models.decoder_flop(vae)

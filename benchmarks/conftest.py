@@ -60,7 +60,7 @@ def remember(line: dict[str, Any]) -> None:
     """Written at once: what was measured before a crash is not lost."""
     if measure.settings.rows is not None:
         with measure.settings.rows.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(line, default=str) + "\n")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -102,7 +102,9 @@ def record(request: pytest.FixtureRequest, device: torch.device) -> Callable[...
 
     def write(rows: dict[str, dict[str, Any]], case: str = which, **facts: Any) -> None:
         name = " ".join(filter(None, (function.removeprefix("test_"), case)))
-        shared = {"shape": facts.pop("shape", None), "dtype": str(facts.pop("dtype", "torch.float32"))[6:]}
+        shape = facts.pop("shape", None)
+        dtype = str(facts.pop("dtype", "float32")).removeprefix("torch.")
+        shared = {"shape": None if shape is None else list(shape), "dtype": dtype}
         baseline = next(iter(rows))
         for provider, row in rows.items():
             key = {"file": request.node.path.name, "group": group, "name": name, "provider": provider}
@@ -121,7 +123,7 @@ def compare(benchmark: Any, device: torch.device, record: Callable[..., None]) -
     """
 
     def run(calls: dict[str, Callable[[], Any]], moved: float, flop: float = 0, **facts: Any) -> None:
-        dtype = getattr(torch, str(facts.get("dtype", "float32")).removeprefix("torch."))
+        dtype = getattr(torch, str(facts.get("dtype", "float32")).removeprefix("torch."), torch.float32)
         rows = measure.measure(calls, device, moved, flop, dtype)
         for name, row in rows.items():
             rates = f"{row['gb_s']:7.1f} GB/s, {row['gflop_s']:8.1f} GFLOP/s, {row['fraction']:4.0%} of the floor"

@@ -79,7 +79,12 @@ def check(result: Result) -> None:
     if result["schema"] != SCHEMA:
         raise ValueError(f"schema {result['schema']} of benchmark results, this version reads {SCHEMA}; measure again")
     for row in result["rows"]:
-        _check("a row", row, ROW)
+        check_row(row)
+
+
+def check_row(row: Row) -> None:
+    """Raises ValueError where a row is not what this module writes."""
+    _check("a row", row, ROW)
 
 
 def _check(what: str, entry: dict[str, Any], fields: dict[str, tuple[type, ...]]) -> None:

@@ -134,6 +134,14 @@ def collect(options: argparse.Namespace, device_type: str) -> dict[str, Any]:
 def result_of(lines: list[dict[str, Any]], device_type: str, command: str) -> dict[str, Any]:
     """The lines that benchmarks wrote as a result of this commit on this machine."""
     head = commit()
+    rows, failures = [], [f"{line['failure']}: {line['message']}" for line in lines if "failure" in line]
+    for row in (line["row"] for line in lines if "row" in line):
+        whole = {**record.UNTIMED, **row, "commit": head[:9]}
+        try:
+            record.check_row(whole)
+            rows.append(whole)
+        except ValueError as error:  # one benchmark that records nonsense does not cost the others' rows
+            failures.append(f"{row.get('file')}, {row.get('name')}: {error}")
     return {
         "schema": record.SCHEMA,
         "device": measure.device_name(torch.device(device_type)),
@@ -142,8 +150,8 @@ def result_of(lines: list[dict[str, Any]], device_type: str, command: str) -> di
         "commit": head,
         "command": command,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "rows": [{**record.UNTIMED, **line["row"], "commit": head[:9]} for line in lines if "row" in line],
-        "failures": [f"{line['failure']}: {line['message']}" for line in lines if "failure" in line],
+        "rows": rows,
+        "failures": failures,
         "not_run": [f"{line['not_run']}: {line['reason']}" for line in lines if "not_run" in line],
     }
 
