@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from measure import settings
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from varkern.ops import block_causal_attention, block_causal_attention_qkv, block_causal_attention_qkv_reference
 from varkern.ops.attention_peers import peer_attention, why_not_peer
@@ -49,6 +50,12 @@ def prefixes(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scale: f
     return torch.cat(outs, 2)
 
 
+def dense(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Flash attention over every pair, by PyTorch's own FA2; left alone, PyTorch may take cuDNN's."""
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+
+
 def providers(q: Tensor, lengths: tuple[int, ...], scale: float) -> dict[str, Attention]:
     """On a CPU FlexAttention, which has to compile first, only where --compile asks for it."""
     functions: dict[str, Attention] = {
@@ -60,7 +67,7 @@ def providers(q: Tensor, lengths: tuple[int, ...], scale: float) -> dict[str, At
         if why_not_peer(name, q) is None and not slow:
             functions[name] = lambda q, k, v, name=name: peer_attention(name, q, k, v, lengths, scale)
     if q.device.type == "cuda":  # computes every pair, seen or not
-        functions["dense SDPA"] = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, scale=scale)
+        functions["dense SDPA"] = lambda q, k, v: dense(q, k, v, scale)
     functions["varkern"] = lambda q, k, v: block_causal_attention(q, k, v, lengths=lengths, softmax_scale=scale)
     return functions
 

@@ -257,6 +257,7 @@ def markdown(result: Result) -> str:
         first, shown = (group if group != shown else ""), group
         lines.append(f"| {first} | {row['name']} | {_times(row, groups)} | {_speedup(row)} |")
     memory = [(rows[0], rows[-1]) for rows in groups.values() if rows[0]["median_s"] is None and len(rows) > 1]
+    memory = [pair for pair in memory if pair[0]["peak_bytes"]]
     if memory:
         lines += ["", "| peak memory, inputs and weights excluded | reference | varkern | |", "|---|---|---|---|"]
         for base, row in memory:
