@@ -61,13 +61,18 @@ AXES = {  # fact, label, group
 
 
 def scaling(result: Result) -> Any:
-    """Cost against batch, depth and resolution, dotted where it would grow as its first point says; and memory."""
+    """Cost against batch, depth and resolution, dotted where it would grow as its first point says.
+
+    Below: peak memory where it was recorded with the times, on a GPU; else images a second.
+    """
     groups = {axis: [r for r in result["rows"] if r["group"] == group] for axis, (_, group) in AXES.items()}
     if not any(groups.values()):
         return None
     figure, panels = pyplot().subplots(2, 3, figsize=(12, 6.5), layout="constrained", sharex="col")
     for column, (axis, rows) in enumerate(groups.items()):
         above, below = panels[:, column]
+        above.set_xscale("log")
+        memory = bool(rows) and all(row["peak_bytes"] for row in rows)
         for provider, color in (("reference", BASELINE), ("varkern", OURS)):
             chosen = sorted((r for r in rows if r["provider"] == provider), key=lambda r: r["facts"][axis])
             if not chosen:
@@ -80,9 +85,14 @@ def scaling(result: Result) -> Any:
             above.plot(x, [each[0] * (value / x[0]) ** power for value in x], ":", color=color)
             floors = [r["floor_s"] / r["facts"]["batch"] for r in chosen]
             above.plot(x, floors, "--", color="black", linewidth=0.8, label="floor" if provider == "varkern" else None)
-            below.plot(x, [r["facts"]["batch"] / r["median_s"] for r in chosen], "o-", color=color, label=provider)
-        above.set(xscale="log", yscale="log", ylabel="seconds an image")
-        below.set(xscale="log", yscale="log", ylabel="images a second", xlabel=AXES[axis][0])
+            if memory:
+                below.plot(x, [r["peak_bytes"] / 2**30 for r in chosen], "o-", color=color)
+            else:
+                below.plot(x, [1 / value for value in each], "o-", color=color)
+            below.set_xticks(x, map(str, x))
+            below.minorticks_off()
+        above.set(yscale="log", ylabel="seconds an image")
+        below.set(yscale="log", ylabel="peak memory, GiB" if memory else "images a second", xlabel=AXES[axis][0])
         if above.lines:
             above.legend(fontsize=8)
     figure.suptitle(f"cost of a generation on {result['device']} (dotted: linear)", fontsize=10)
