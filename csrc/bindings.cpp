@@ -52,6 +52,7 @@ PYBIND11_MODULE(_C, m) {
                  bindings::modulated_layer_norm_forward, cpu::modulated_layer_norm_forward);
   bindings::bind(m, "modulated_layer_norm_backward", bindings::kModulatedLayerNormBackward,
                  bindings::modulated_layer_norm_backward, cpu::modulated_layer_norm_backward);
+  bindings::bind(m, "group_norm", bindings::kGroupNorm, bindings::group_norm, cpu::group_norm);
   bindings::bind(m, "residual_quantize", bindings::kResidualQuantize, bindings::residual_quantize,
                  cpu::residual_quantize);
   bindings::bind(m, "residual_quantize_backward", bindings::kResidualQuantizeBackward,
@@ -65,6 +66,7 @@ PYBIND11_MODULE(_C, m) {
                  bindings::block_causal_attention_backward, cpu::block_causal_attention_backward);
   bindings::bind(m, "cached_attention", bindings::kCachedAttention, bindings::cached_attention,
                  cpu::cached_attention);
+  bindings::bind(m, "conv3x3", bindings::kConv3x3, bindings::conv3x3, cpu::conv3x3);
   bindings::bind(m, "sample_tokens", bindings::kSampleTokens, bindings::sample_tokens, cpu::sample_tokens);
   bindings::bind(m, "filter_logits", bindings::kFilterLogits, bindings::filter_logits, cpu::filter_logits);
 

@@ -55,6 +55,18 @@ constexpr const char* kModulatedLayerNormBackward =
     "grad_out_stride_b, grad_out_stride_l, x_stride_b, x_stride_l, scale_stride_b, x_dtype, cond_dtype, out_dtype)\n\n"
     "grad_out (B, L, C) strided, grad_x (B, L, C) contiguous, grad_scale and grad_shift (B, C) float32, overwritten.";
 
+inline GroupNorm group_norm(uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t out, uintptr_t coefficients,
+                            int64_t B, int64_t C, int64_t P, int64_t groups, int dtype, bool channels_last, bool silu,
+                            double eps) {
+  return {Pointer{x}, Pointer{weight}, Pointer{bias}, Pointer{out},  Pointer{coefficients}, B, C, P,
+          groups,     dtype,           channels_last, silu,          eps};
+}
+
+constexpr const char* kGroupNorm =
+    "group_norm(x, weight, bias, out, coefficients, B, C, P, groups, dtype, channels_last, silu, eps)\n\n"
+    "x and out (B, C, P) or, channels_last, (B, P, C), contiguous; weight and bias (C) float32; coefficients\n"
+    "(3, B, C) float32: multiplier, offset, centre; out 0: only the coefficients, (2, B, C), without a centre.";
+
 inline ResidualMaps residual_maps(uintptr_t codebook, uintptr_t phi_weight, uintptr_t phi_bias, uintptr_t scales,
                                   int64_t num_phis, int64_t B, int64_t V, int64_t Cv, int64_t H, int64_t W, int64_t K,
                                   float ratio) {
@@ -203,6 +215,24 @@ constexpr const char* kCachedAttention =
     "qkv (B, n, 3, H, D) strided, q_bias and v_bias (H, D) and log_scale (H) float32 (float64 where dtype is 3) or 0,\n"
     "cache (2, B, H, N, D), q (B, H, n, D) scratch, out (B, n, H, D). On CUDA then a workspace, splits and the stream:\n"
     "(splits, B * H * n, D + 2) float32, or 0 for one split.";
+
+inline Conv3x3 conv3x3(uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t multiplier, uintptr_t offset,
+                       uintptr_t residual, uintptr_t out, int64_t B, int64_t H, int64_t W, int64_t C, int64_t outputs,
+                       std::array<int64_t, 4> weight_stride, bool upsample) {
+  return {Pointer{x},        Pointer{weight},
+          Pointer{bias},     Pointer{multiplier},
+          Pointer{offset},   Pointer{residual},
+          Pointer{out},      B,
+          H,                 W,
+          C,                 outputs,
+          {weight_stride[0], weight_stride[1], weight_stride[2], weight_stride[3]},
+          upsample};
+}
+
+constexpr const char* kConv3x3 =
+    "conv3x3(x, weight, bias, multiplier, offset, residual, out, B, H, W, C, outputs, weight_stride, upsample)\n\n"
+    "x (B, H, W, C), weight (outputs, C, 3, 3) strided, bias (outputs) or 0, multiplier and offset (B, C) or 0, residual\n"
+    "like out or 0, out (B, H, W, outputs) or, with upsample, (B, 2H, 2W, outputs). float32.";
 
 inline SampleTokens sample_tokens(uintptr_t logits, uintptr_t noise, uintptr_t tokens, uintptr_t status, int64_t B,
                                   int64_t n, int64_t V, int64_t stride_b, int64_t stride_n, int64_t top_k,

@@ -41,6 +41,21 @@ struct ModulatedLayerNormBackward {
   int x_dtype, cond_dtype, out_dtype;
 };
 
+// Group normalisation over the channels of a group and all P pixels, as one multiplication and addition a channel:
+//   multiplier = rstd * weight, offset = bias - (mean - centre) * multiplier, out = (x - centre) * multiplier + offset
+// Sums are taken in an order fixed by the shapes alone.
+struct GroupNorm {
+  const void* x;        // (B, C, P) dtype, contiguous; with channels_last (B, P, C)
+  const float* weight;  // (C)
+  const float* bias;    // (C)
+  void* out;            // as x, times its sigmoid where silu; or nullptr: only the coefficients, with centre = 0
+  float* coefficients;  // (3, B, C): multiplier, offset, centre, the rounded mean; without out (2, B, C)
+  int64_t B, C, P, groups;
+  int dtype;
+  bool channels_last, silu;
+  double eps;
+};
+
 // The maps of a multi-scale residual quantizer. Scale k adds h_k = phi(up(e[index])) to f_hat, where up is bicubic to
 // (H, W), or nothing where the map has that size, and phi(x) = (1 - ratio) * x + ratio * conv3x3(x). float32.
 struct ResidualMaps {
@@ -150,6 +165,21 @@ struct CachedAttention {
   int64_t stride_b, stride_n, stride_part, stride_h;  // of qkv
   int dtype;
   double softmax_scale;
+};
+
+// out = conv3x3(z) + bias + residual, padded by one zero, over z = x or silu(x * multiplier + offset), which upsample then
+// repeats twice along both axes. float32, channels last. out may be residual.
+struct Conv3x3 {
+  const float* x;           // (B, H, W, C) contiguous
+  const float* weight;      // (outputs, C, 3, 3)
+  const float* bias;        // (outputs), or nullptr
+  const float* multiplier;  // (B, C) contiguous, or nullptr
+  const float* offset;      // (B, C) contiguous, where there is a multiplier
+  const float* residual;    // as out, or nullptr
+  float* out;               // (B, H, W, outputs) contiguous; with upsample (B, 2H, 2W, outputs)
+  int64_t B, H, W, C, outputs;
+  int64_t weight_stride[4];
+  bool upsample;
 };
 
 // What the CPU writes instead of a token: PyTorch's rounding decides; NaN, +inf, or nothing but -inf in the row.

@@ -39,9 +39,9 @@ def spatial_weight(phi_weight: torch.Tensor) -> torch.Tensor:
     return phi_weight.permute(0, 3, 4, 2, 1).reshape(n, 9, Cv, Cv).contiguous()
 
 
-@functools.lru_cache(maxsize=256)
+@functools.cache
 def plan(device: torch.device, rows: tuple[tuple[int, ...], ...]) -> torch.Tensor:
-    """Integers that a kernel reads, int32 on a device; kept, so that a schedule is copied there once."""
+    """Integers that a kernel reads, int32 on a device; copied once and never freed: CUDA graphs hold the address."""
     return torch.tensor(rows, dtype=torch.int32, device=device)
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from varkern.models.var import VAR
+from varkern.ops.sampling import draw_noise
 
 
 def check_sampling(vocab_size: int, cfg: float, top_k: int, top_p: float) -> None:
@@ -43,25 +44,32 @@ def check_labels(var: VAR, batch: int, labels: int | Sequence[int] | Tensor | No
     check_batch("the batch size B", batch)
     if labels is None:
         return None
+    home = device
     if isinstance(labels, int):
-        labels = torch.full((batch,), var.num_classes if labels < 0 else labels, device=device)
+        labels = torch.full((batch,), var.num_classes if labels < 0 else labels, device="cpu")
+        home = labels.device
     elif not isinstance(labels, Tensor):
-        labels = torch.tensor(list(labels), device=device)
+        labels = torch.tensor(list(labels), device="cpu")
+        home = labels.device
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"labels must be integers, got {labels.dtype}")
     if tuple(labels.shape) != (batch,):
         raise ValueError(f"label_B must hold B = {batch} labels, got shape {tuple(labels.shape)}")
-    if labels.device != device:
+    if labels.device != home:
         raise ValueError(f"label_B is on {labels.device} but the model is on {device}; move one of them")
-    low, high = int(labels.min()), int(labels.max())
+    # Values that come from here are read here; only a tensor on an accelerator makes this wait, and once.
+    low, high = torch.stack(labels.aminmax()).tolist()
     if low < 0 or high > var.num_classes:
         raise ValueError(f"labels must be in [0, {var.num_classes}], {var.num_classes} = no class; got {low}..{high}")
-    return labels.long()
+    return labels.long().to(device, non_blocking=True)
 
 
 def draw_labels(var: VAR, batch: int, generator: torch.Generator | None) -> Tensor:
     """Classes (B,) drawn uniformly, as the published model draws them."""
-    uniform = torch.full((1, var.num_classes), 1.0 / var.num_classes, device=var.lvl_1L.device)
+    device = var.lvl_1L.device
+    uniform = torch.full((1, var.num_classes), 1.0 / var.num_classes, device=device)
+    if batch == 1:  # as torch.multinomial computes it, but that waits for the device to check what it is given
+        return (uniform / draw_noise(1, var.num_classes, device, generator)).argmax(dim=-1)
     return torch.multinomial(uniform, num_samples=batch, replacement=True, generator=generator).reshape(batch)
 
 

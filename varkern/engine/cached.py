@@ -87,4 +87,6 @@ def cached_scales(var: VAR, label_B: Tensor, noise: Noise, options: Options) -> 
         if k != last:
             begin, end = var.begin_ends[k + 1]
             words = following.flatten(2).transpose(1, 2).to(var.word_embed.weight.dtype)
-            x = (var.word_embed(words) + lvl_pos[:, begin:end]).repeat(halves, 1, 1)
+            # One addition writes both halves.
+            x = var.word_embed(words) + lvl_pos[:, begin:end].expand(halves, 1, -1, -1)
+            x = x.flatten(0, 1)

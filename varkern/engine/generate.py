@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from varkern.engine import graphs
 from varkern.engine.arguments import check_batch, check_labels, check_model, check_sampling, check_seeds
-from varkern.engine.cached import cached_scales
+from varkern.engine.cached import Noise, cached_scales
 from varkern.engine.noise import BatchNoise, ImageNoise
 from varkern.engine.options import Generation, Keep, Options, ScaleStep
 from varkern.engine.reference import reference_scales
@@ -39,6 +41,7 @@ def generate(
     more_smooth: bool = False,
     keep: Keep | None = None,
     max_batch: int | None = None,
+    cuda_graph: bool | None = None,
 ) -> Generation:
     """Generate a batch of images; see `VAR.autoregressive_infer_cfg` for what is not said here.
 
@@ -49,28 +52,54 @@ def generate(
             ``more_smooth``, the image is not made of the drawn tokens alone.
         max_batch: images computed at a time, with the same tokens. None: all, and on a device without memory for them
             half as many, until they fit.
+        cuda_graph: capture the whole generation in a CUDA graph, or replay one, with the same tokens. None: on a CUDA
+            device, the second time that up to 32 images are asked for with the same arguments but for labels and seed,
+            under the same settings of torch, of a model whose weights have not moved; without a graph where there can
+            be none. True: at once, RuntimeError where there can be none. False: no graph.
+
+    The first generation by a graph also runs without it and takes the time to capture: several times that of a
+    generation without one. A device keeps the four graphs last used, which share the memory that the largest
+    needs, beside their results: about what a generation without a graph takes, but for as long as a graph is kept, and
+    under autocast a copy of the weights in 16 bits. `varkern.engine.clear_graphs` frees it. Weights may change in
+    place; a model that is moved, converted or given other tensors is captured anew. Generations by graphs run one after
+    another on a device.
 
     ``more_smooth`` in float32 runs the reference ops unless a backend is asked for. Two threads may generate with one
     model, unless ``varkern.use_backend("reference")`` is in force, which keeps caches in the modules. Raises ValueError
     for arguments outside their domain before anything is drawn, torch.OutOfMemoryError where one image does not fit.
     """
     request = _Request.checked(var, batch, labels, seed, Options(cfg, top_k, top_p, more_smooth, keep), max_batch)
+    captured = graphs.Request(
+        var, batch, request.noise, request.options, request.backend, functools.partial(_computed, request.options)
+    )
+    why_not = captured.why_not(max_batch)
+    if cuda_graph and why_not is not None:
+        raise RuntimeError(graphs.refusal(why_not))
+    device = captured.device
     with torch.no_grad(), use_backend(request.backend):
         if request.backend == "reference":
-            return request.reference()
-        label_B = request.labels if request.labels is not None else request.noise.labels(var)
-        size = batch if max_batch is None else min(batch, max_batch)
-        while True:
-            # Parts draw from copies of the generators: what fails for lack of memory has drawn nothing.
-            with contextlib.suppress(torch.OutOfMemoryError):
-                return request.in_parts(label_B, size)
-            if size == 1 or max_batch is not None:
-                raise torch.OutOfMemoryError(
-                    f"there is no memory to generate {size} image{'s' * (size > 1)} at a time; the model is unchanged. "
-                    "Free memory, give a smaller max_batch, or use a 16-bit model or autocast"
-                )
-            size = (size + 1) // 2
-            torch.cuda.empty_cache()
+            with graphs.beside(device):
+                return request.reference()
+        label_B = request.labels
+        if label_B is None:
+            with graphs.beside(device):
+                label_B = request.noise.labels(var)
+        if cuda_graph is not False and why_not is None:
+            result = graphs.of_device(device).generate(captured, label_B, must=bool(cuda_graph))
+            if result is not None:
+                return result
+        with graphs.beside(device):
+            return request.in_parts_that_fit(label_B, max_batch)
+
+
+def _computed(options: Options, var: VAR, label_B: Tensor, noise: Noise) -> Generation:
+    """A batch, whole. What a CUDA graph holds."""
+    steps = list(cached_scales(var, label_B, noise, options))
+    return Generation(_images(var, steps[-1].f_hat), [step.tokens for step in steps])
+
+
+def _images(var: VAR, f_hat: Tensor) -> Tensor:
+    return var.vae_proxy[0].fhat_to_img(f_hat).add_(1).mul_(0.5)
 
 
 def generate_scales(
@@ -137,12 +166,26 @@ class _Request:
                 )
         return cls(var, batch, label_B, noise, options, backend)
 
-    def images(self, f_hat: Tensor) -> Tensor:
-        return self.var.vae_proxy[0].fhat_to_img(f_hat).add_(1).mul_(0.5)
-
     def reference(self) -> Generation:
         steps = list(self.steps())
-        return Generation(self.images(steps[-1].f_hat), [step.tokens for step in steps])
+        return Generation(_images(self.var, steps[-1].f_hat), [step.tokens for step in steps])
+
+    def in_parts_that_fit(self, label_B: Tensor, max_batch: int | None) -> Generation:
+        """The batch, ``max_batch`` images at a time, or as many as there is memory for."""
+        size = self.batch if max_batch is None else min(self.batch, max_batch)
+        while True:
+            # Parts draw from copies of the generators: what fails for lack of memory has drawn nothing.
+            with contextlib.suppress(torch.OutOfMemoryError):
+                return self.in_parts(label_B, size)
+            if graphs.make_room(self.var.lvl_1L.device):
+                continue
+            if size == 1 or max_batch is not None:
+                raise torch.OutOfMemoryError(
+                    f"there is no memory to generate {size} image{'s' * (size > 1)} at a time; the model is unchanged. "
+                    "Free memory, give a smaller max_batch, or use a 16-bit model or autocast"
+                )
+            size = (size + 1) // 2
+            torch.cuda.empty_cache()
 
     def in_parts(self, label_B: Tensor, size: int) -> Generation:
         """The batch, ``size`` images at a time."""
@@ -152,8 +195,7 @@ class _Request:
             keep = self.options.keep
             options = replace(self.options, keep=None if keep is None else keep.part(begin, end))
             noise = self.noise.part(begin, end)
-            steps = list(cached_scales(self.var, label_B[begin:end], noise, options))
-            parts.append(Generation(self.images(steps[-1].f_hat), [step.tokens for step in steps]))
+            parts.append(_computed(options, self.var, label_B[begin:end], noise))
         noise.finish()
         if len(parts) == 1:
             return parts[0]
@@ -172,12 +214,12 @@ class _Request:
         steps: Iterator[ScaleStep] | None = None
         try:
             while True:
-                with torch.no_grad(), use_backend(self.backend):
+                with torch.no_grad(), use_backend(self.backend), graphs.beside(self.var.lvl_1L.device):
                     steps = self.steps() if steps is None else steps
                     step = next(steps, None)
                     if step is None:
                         return
-                    images = self.images(step.f_hat)
+                    images = _images(self.var, step.f_hat)
                 yield ScaleImages(step.scale, step.tokens, images)
         finally:
             if steps is not None and hasattr(steps, "close"):

@@ -21,6 +21,15 @@ class BatchNoise:
     def __init__(self, batch: int, device: torch.device, generator: torch.Generator | None) -> None:
         self.batch, self.device, self.generator = batch, device, generator
 
+    @property
+    def generators(self) -> list[torch.Generator]:
+        """What draws."""
+        return [_default(self.device, self.generator)]
+
+    def drawn_by(self, generators: Sequence[torch.Generator]) -> BatchNoise:
+        """The same noise from generators in the state of these."""
+        return BatchNoise(self.batch, self.device, generators[0])
+
     def labels(self, var: VAR) -> Tensor:
         """Classes (B,), drawn uniformly."""
         return draw_labels(var, self.batch, self.generator)
@@ -58,6 +67,11 @@ class ImageNoise:
         self.device = device
         self.generators = [torch.Generator(device=device).manual_seed(seed) for seed in seeds]
 
+    def drawn_by(self, generators: Sequence[torch.Generator]) -> ImageNoise:
+        noise = ImageNoise((), self.device)
+        noise.generators = list(generators)
+        return noise
+
     def labels(self, var: VAR) -> Tensor:
         return torch.cat([draw_labels(var, 1, generator) for generator in self.generators])
 
@@ -65,12 +79,10 @@ class ImageNoise:
         return torch.cat([draw_noise(n, V, self.device, generator) for generator in self.generators])
 
     def part(self, begin: int, end: int) -> ImageNoise:
-        part = ImageNoise((), self.device)
-        for generator in self.generators[begin:end]:
-            copy = torch.Generator(device=self.device)
+        copies = [torch.Generator(device=self.device) for _ in self.generators[begin:end]]
+        for copy, generator in zip(copies, self.generators[begin:end], strict=True):
             copy.set_state(generator.get_state())
-            part.generators.append(copy)
-        return part
+        return self.drawn_by(copies)
 
     def finish(self) -> None:
         """Nobody draws after the images: there is nothing to go on with."""

@@ -9,10 +9,44 @@ from torch import Tensor, nn
 
 from varkern.models.quantizer import VectorQuantizer2
 from varkern.models.schedule import PATCH_NUMS_256, as_sizes, patch_nums_of_lengths
+from varkern.ops import reference_forced
+from varkern.ops._library import needs_gradient
+from varkern.ops.conv import Norm, conv3x3
+from varkern.ops.group_norm import group_norm_silu
 
 
 def _norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(num_groups=32, num_channels=channels, eps=1e-6)
+
+
+def _fused(x: Tensor, layer: nn.Module) -> bool:
+    """Whether the ops, which have no gradient, compute the layer; else PyTorch's, as published."""
+    return not reference_forced() and not needs_gradient(x, *layer.parameters())
+
+
+def _cast(x: Tensor, *parameters: Tensor) -> list[Tensor]:
+    """All in the type that autocast has for convolutions, where it is on."""
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        return [x.to(dtype), *(parameter.to(dtype) for parameter in parameters)]
+    return [x, *parameters]
+
+
+def _norm_silu_conv(x: Tensor, norm: nn.GroupNorm, conv: nn.Conv2d, residual: Tensor | None = None) -> Tensor:
+    """conv(silu(norm(x))) + residual, for a 3x3 convolution."""
+    if not (_fused(x, norm) and _fused(x, conv)):
+        h = conv(F.silu(norm(x), inplace=True))
+        return h if residual is None else residual + h
+    assert conv.bias is not None
+    x, weight, bias = _cast(x, conv.weight, conv.bias)
+    if residual is not None:
+        residual = residual.to(x.dtype)
+    return conv3x3(x, weight, bias, Norm(norm.weight, norm.bias, norm.num_groups, norm.eps), residual)
+
+
+def _layout(x: Tensor, module: nn.Module) -> Tensor:
+    """Channels last where the ops run, which read it so; every layer then keeps it."""
+    return x.contiguous(memory_format=torch.channels_last) if _fused(x, module) else x
 
 
 class ResnetBlock(nn.Module):
@@ -32,9 +66,10 @@ class ResnetBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x), inplace=True))
-        h = self.conv2(self.dropout(F.silu(self.norm2(h), inplace=True)))
-        return self.nin_shortcut(x) + h
+        h = _norm_silu_conv(x, self.norm1, self.conv1)
+        if self.training and isinstance(self.dropout, nn.Dropout):
+            return self.nin_shortcut(x) + self.conv2(self.dropout(F.silu(self.norm2(h), inplace=True)))
+        return _norm_silu_conv(h, self.norm2, self.conv2, self.nin_shortcut(x))
 
 
 class AttnBlock(nn.Module):
@@ -50,10 +85,21 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         B, C, H, W = x.shape
+        if _fused(x, self):
+            return x + self._fused(x)
         q, k, v = self.qkv(self.norm(x)).reshape(B, 3, C, H * W).unbind(1)
         weights = torch.bmm(q.transpose(1, 2), k).mul_(self.w_ratio).softmax(dim=2)  # (B, query, key)
         h = torch.bmm(v, weights.transpose(1, 2)).view(B, C, H, W)
         return x + self.proj_out(h)
+
+    def _fused(self, x: Tensor) -> Tensor:
+        """The same before the residual, on rows of channels: channels last, they need no transposition."""
+        B, C, H, W = x.shape
+        h = group_norm_silu(x, self.norm.weight, self.norm.bias, self.norm.num_groups, self.norm.eps, silu=False)
+        qkv = F.linear(h.flatten(2).transpose(1, 2), self.qkv.weight.flatten(1), self.qkv.bias)
+        q, k, v = qkv.view(B, 1, H * W, 3, C).unbind(3)
+        h = F.scaled_dot_product_attention(q, k, v, scale=self.w_ratio).squeeze(1)
+        return F.linear(h, self.proj_out.weight.flatten(1), self.proj_out.bias).transpose(1, 2).view(B, C, H, W)
 
 
 class Downsample2x(nn.Module):
@@ -71,7 +117,11 @@ class Upsample2x(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+        if not _fused(x, self):
+            return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+        assert self.conv.bias is not None
+        x, weight, bias = _cast(x, self.conv.weight, self.conv.bias)
+        return conv3x3(x, weight, bias, upsample=True)
 
 
 class _Level(nn.Module):
@@ -124,10 +174,10 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(channels, z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv_in(x)
+        h = self.conv_in(_layout(x, self))
         for level in self.down:
             h = level(h)
-        return self.conv_out(F.silu(self.norm_out(self.mid(h)), inplace=True))
+        return _norm_silu_conv(self.mid(h), self.norm_out, self.conv_out).contiguous()
 
 
 class Decoder(nn.Module):
@@ -154,10 +204,10 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(channels, in_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        h = self.mid(self.conv_in(z))
+        h = self.mid(self.conv_in(_layout(z, self)))
         for level in reversed(self.up):
             h = level(h)
-        return self.conv_out(F.silu(self.norm_out(h), inplace=True))
+        return _norm_silu_conv(h, self.norm_out, self.conv_out).contiguous()
 
 
 class VQVAE(nn.Module):

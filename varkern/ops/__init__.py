@@ -10,7 +10,14 @@ from varkern.ops.attention import (
     block_causal_attention_qkv_reference,
     block_causal_attention_reference,
 )
+from varkern.ops.conv import conv3x3, conv3x3_reference
 from varkern.ops.decode import cached_attention, cached_attention_reference
+from varkern.ops.group_norm import (
+    group_norm_affine,
+    group_norm_affine_reference,
+    group_norm_silu,
+    group_norm_silu_reference,
+)
 from varkern.ops.norm import modulated_layer_norm, modulated_layer_norm_reference
 from varkern.ops.quantize import (
     next_scale_input,
@@ -28,9 +35,15 @@ __all__ = [
     "block_causal_attention_reference",
     "cached_attention",
     "cached_attention_reference",
+    "conv3x3",
+    "conv3x3_reference",
     "current_backend",
     "explain",
     "filter_logits",
+    "group_norm_affine",
+    "group_norm_affine_reference",
+    "group_norm_silu",
+    "group_norm_silu_reference",
     "modulated_layer_norm",
     "modulated_layer_norm_reference",
     "next_scale_input",

@@ -1,0 +1,355 @@
+"""conv3x3: value, error, memory formats, operator checks, compilation, bad input; on every backend."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import varkern
+from varkern import _C
+from varkern.ops import _library, conv3x3, conv3x3_reference, use_backend
+from varkern.ops import conv as module
+from varkern.ops.conv import Norm
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes of x and of the result's channels; and which of the options are on."""
+
+    B: int = 1
+    C: int = 16
+    outputs: int = 16
+    H: int = 8
+    W: int = 8
+    bias: bool = True
+    norm: int = 0  # groups
+    residual: bool = False
+    upsample: bool = False
+
+
+CASES = {
+    "plain": Case(),
+    "one_of_everything": Case(1, 1, 1, 1, 2, norm=1, residual=True, upsample=True),
+    "one_pixel": Case(2, 8, 24, 1, 1, norm=2),
+    "smaller_than_a_tile": Case(1, 20, 5, 3, 2, residual=True),
+    "beyond_a_tile": Case(3, 16, 33, 5, 9, norm=4, residual=True),
+    "odd_channels": Case(2, 7, 9, 13, 6, norm=7),
+    "without_bias": Case(1, 12, 16, 8, 8, bias=False),
+    "upsample": Case(2, 12, 20, 5, 7, upsample=True, residual=True),
+    "norm_and_upsample": Case(1, 24, 8, 9, 4, norm=3, upsample=True),
+    "many_blocks": Case(1, 32, 16, 41, 70, norm=32, residual=True),
+    "image": Case(2, 64, 3, 36, 20, norm=32),
+}
+cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+def arguments(case: Case, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> tuple:
+    """What conv3x3 takes: x, as a model has it, channels last and a batch of a larger tensor."""
+    B, C = case.B, case.C
+    x = torch.randn(B + 1, C, case.H, case.W).contiguous(memory_format=torch.channels_last)[1:].to(device, dtype)
+    weight = (torch.randn(case.outputs, C, 3, 3) / (3 * C**0.5)).to(device, dtype)
+    bias = torch.randn(case.outputs).to(device, dtype) if case.bias else None
+    norm = None
+    if case.norm:
+        norm = Norm(torch.randn(C).to(device, dtype), torch.randn(C).to(device, dtype), case.norm, 1e-6)
+    factor = 2 if case.upsample else 1
+    residual = None
+    if case.residual:
+        residual = torch.randn(B, case.outputs, factor * case.H, factor * case.W).to(device, dtype)
+    return x, weight, bias, norm, residual, case.upsample
+
+
+def double(inputs: tuple) -> tuple:
+    x, weight, bias, norm, residual, upsample = inputs
+    if norm is not None:
+        norm = Norm(norm.weight.double(), norm.bias.double(), norm.groups, norm.eps)
+    optional = [None if t is None else t.double() for t in (bias, residual)]
+    return x.double(), weight.double(), optional[0], norm, optional[1], upsample
+
+
+# Winograd's transforms for the points 0, +-5/8, +-5/4 and infinity, from their definition: column j of A holds the
+# powers of point j, row j of G the same divided by the product of its distances to the others, row j of B^T the
+# coefficients of the polynomial that vanishes at the others.
+POINTS = np.array([0.0, 0.625, -0.625, 1.25, -1.25])
+
+
+def matrices() -> tuple[Tensor, Tensor, Tensor]:
+    A, G, B = np.zeros((4, 6)), np.zeros((6, 3)), np.zeros((6, 6))
+    for j, point in enumerate(POINTS):
+        others = np.delete(POINTS, j)
+        A[:, j] = point ** np.arange(4)
+        G[j] = point ** np.arange(3) / np.prod(point - others)
+        B[j, :5] = np.poly(others)[::-1]
+    A[3, 5], G[5, 2], B[5] = 1, 1, np.poly(POINTS)[::-1]
+    return tuple(torch.from_numpy(np.ascontiguousarray(m)) for m in (A, G, B))
+
+
+def test_the_transforms_are_a_convolution() -> None:
+    A, G, B = matrices()
+    d, g = torch.randn(6, 6).double(), torch.randn(3, 3).double()
+    want = F.conv2d(d[None, None], g[None, None])[0, 0]
+    torch.testing.assert_close(A @ ((G @ g @ G.T) * (B @ d @ B.T)) @ A.T, want)
+
+
+def winograd_bound(z: Tensor, weight: Tensor) -> Tensor:
+    """Of the float32 rounding errors of a convolution of z (after norm and upsampling), a bound for each element.
+
+    Every product passes at most 6 + 6 roundings in the transforms of data, 5 + 5 in those of weights, C in the sum,
+    which has them in order, and 5 + 5 in the transform back; the bound adds the absolute values up.
+    """
+    A, G, B = (m.abs() for m in matrices())
+    height, width = z.shape[2:]
+    padded = F.pad(z.abs(), (1, 5, 1, 5))
+    tiles = padded.unfold(2, 6, 4).unfold(3, 6, 4)  # (B, C, rows, columns, 6, 6)
+    data, filters = B @ tiles @ B.T, G @ weight.abs() @ G.T
+    sums = torch.einsum("bcyxij,ocij->boyxij", data, filters)
+    out = (A @ sums @ A.T).transpose(3, 4).flatten(4, 5).flatten(2, 3)
+    return (32 + z.size(1)) * 2.0**-24 * out[:, :, :height, :width]
+
+
+def check(inputs: tuple) -> Tensor:
+    """Against float64: within the bound of the algorithm in float32, twice eager PyTorch's error in 16 bits."""
+    x, weight, bias, norm, residual, upsample = inputs
+    got, eager, exact = conv3x3(*inputs), conv3x3_reference(*inputs), conv3x3_reference(*double(inputs))
+    assert (got.shape, got.dtype) == (exact.shape, x.dtype)
+    error = (got.double() - exact).abs()
+    if x.dtype != torch.float32:
+        assert error.max() <= 2 * (eager.double() - exact).abs().max() + torch.finfo(x.dtype).eps * exact.abs().max()
+        return got
+    z = x.double()
+    if norm is not None:
+        z = F.silu(F.group_norm(z, norm.groups, norm.weight.double(), norm.bias.double(), norm.eps))
+    if upsample:
+        z = F.interpolate(z, scale_factor=2.0, mode="nearest")
+    bound = winograd_bound(z, weight.double())
+    if norm is not None:  # what the norm rounds, a few parts in 2^24 of its terms, is part of the data
+        spread = 1 + x.double().abs().amax() * norm.weight.abs().amax() + norm.bias.abs().amax()
+        bound = bound + winograd_bound(torch.zeros_like(z) + 8 * spread, weight.double())
+    for addend in (bias, residual):
+        if addend is not None:
+            bound = bound + 2.0**-22 * addend.double().abs().amax()
+    assert (error <= bound + 2.0**-23 * exact.abs()).all(), float((error / bound).max())
+    return got
+
+
+@cases
+@pytest.mark.usefixtures("nan_in_empty")
+def test_value(device: torch.device, case: Case) -> None:
+    with torch.inference_mode():
+        check(arguments(case, device))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_16_bits_run_pytorchs_convolution(device: torch.device, dtype: torch.dtype) -> None:
+    if _library.current_backend() == "cpu":
+        with pytest.raises(RuntimeError, match=f"'cpu' cannot run conv3x3: {dtype} is not float32"):
+            conv3x3(*arguments(CASES["plain"], device, dtype))
+        return
+    check(arguments(Case(2, 64, 32, 9, 8, norm=32, residual=True), device, dtype))
+
+
+def rms(tensor: Tensor) -> float:
+    return float(tensor.double().square().mean()) ** 0.5
+
+
+@pytest.mark.parametrize("upsample", [False, True], ids=["same_size", "upsample"])
+def test_error_of_a_decoders_layer(upsample: bool) -> None:
+    """Where sums are as long as in the model: in the mean at most twice a direct convolution's."""
+    inputs = arguments(Case(1, 160, 96, 24, 24, norm=0 if upsample else 32, upsample=upsample))
+    exact = conv3x3_reference(*double(inputs))
+    with use_backend("cpu"):
+        got = conv3x3(*inputs)
+    assert rms(got - exact) <= 2 * rms(conv3x3_reference(*inputs) - exact)
+
+
+def test_error_of_a_decoded_image() -> None:
+    """Through a whole decoder: at most twice that of eager PyTorch."""
+    vae = varkern.VQVAE(ch=64, v_patch_nums=(1, 2, 4, 8), ch_mult=(1, 2, 2), num_res_blocks=1)
+    f_hat = torch.randn(2, 32, 8, 8)
+    got = vae.decoder(f_hat)
+    with use_backend("reference"):
+        eager, exact = vae.decoder(f_hat), vae.double().decoder(f_hat.double())
+    assert not torch.equal(got, eager)
+    assert (got - exact).abs().max() <= 2 * (eager - exact).abs().max()
+
+
+def test_few_tiles_are_convolved_directly(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    extension = module.extension("cpu")
+
+    class Spy:
+        def conv3x3(self, *args: object) -> None:
+            calls.append(args)
+            extension.conv3x3(*args)
+
+    monkeypatch.setattr(module, "extension", lambda _: Spy())
+    conv3x3(*arguments(Case(H=16, W=16)))
+    assert not calls
+    conv3x3(*arguments(Case(B=2, H=16, W=16)))
+    conv3x3(*arguments(Case(H=16, W=8, upsample=True)))
+    assert len(calls) == 2
+    with use_backend("cpu"):
+        conv3x3(*arguments(Case(H=4, W=4)))
+    assert len(calls) == 3
+
+
+def test_memory_formats_give_the_same_bits(device: torch.device) -> None:
+    x, weight, bias, norm, residual, upsample = arguments(Case(2, 16, 24, 12, 11, norm=4, residual=True), device)
+    want = conv3x3(x, weight, bias, norm, residual, upsample)
+    strided = weight.new_empty(24, 16, 3, 6)[..., ::2].copy_(weight)
+    other = conv3x3(x, strided, bias.expand(2, -1)[1], norm, residual.contiguous(), upsample)
+    torch.testing.assert_close(other, want, rtol=1e-6, atol=1e-6)
+    for same in (weight.contiguous(memory_format=torch.channels_last), strided):
+        if _library.current_backend() == "cpu":
+            assert torch.equal(conv3x3(x, same, bias, norm, residual, upsample), want)
+    for same in (x.contiguous(), x.contiguous().permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)):
+        torch.testing.assert_close(conv3x3(same, weight, bias, norm, residual), want, rtol=1e-5, atol=1e-5)
+    assert torch.ops.varkern.conv3x3(
+        x.contiguous(), weight, bias, None, None, 1, 0.0, None, False, _library.current_backend()
+    ).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_what_is_not_a_number_stays_near() -> None:
+    x, weight, bias, *_ = arguments(Case(1, 16, 8, 24, 24))
+    x[0, 3, 2, 2] = torch.nan
+    with use_backend("cpu"):
+        out = conv3x3(x, weight, bias)
+    assert out[0, :, 1:4, 1:4].isnan().all()
+    assert out[0, :, 5:].isfinite().all()  # a tile and its neighbours: the sums of a tile share their data
+    assert out[0, :, :, 5:].isfinite().all()
+
+
+@pytest.mark.parametrize("x", [-1e4, -90.0, 90.0, 1e4, -torch.inf])
+def test_silu_at_the_ends(x: float) -> None:
+    """A constant map normalises to its bias, which SiLU then sees."""
+    ones = torch.ones(1, 8, 12, 12).contiguous(memory_format=torch.channels_last)
+    weight = torch.zeros(8, 8, 3, 3)
+    weight[range(8), range(8), 1, 1] = 1
+    norm = Norm(torch.ones(8), torch.full((8,), x), 2, 1e-6)
+    with use_backend("cpu"):
+        got = conv3x3(ones, weight, None, norm)
+    if x == -torch.inf:
+        assert not got.isfinite().any()
+        return
+    torch.testing.assert_close(got, F.silu(torch.full_like(got, x)), rtol=1e-5, atol=1e-30)
+
+
+def test_the_number_of_threads_does_not_change_a_bit() -> None:
+    before, results = torch.get_num_threads(), []
+    inputs = arguments(Case(1, 64, 96, 24, 24, norm=32, residual=True))
+    try:
+        for threads in (1, 2, 7):
+            torch.set_num_threads(threads)
+            with use_backend("cpu"):
+                results.append(conv3x3(*inputs))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_many_outputs_are_computed_in_groups() -> None:
+    """So many transformed weights are not in memory at a time."""
+    inputs = arguments(Case(1, 640, 640, 4, 4))
+    with use_backend("cpu"):
+        got = conv3x3(*inputs)
+    torch.testing.assert_close(got, conv3x3_reference(*inputs), rtol=1e-4, atol=1e-5)
+
+
+SIMD = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+from test_conv import CASES, arguments, check
+import varkern
+from varkern import _C
+torch.use_deterministic_algorithms(True, warn_only=True)
+assert _C.simd_level() == {level!r}
+with varkern.use_backend("cpu"):
+    for name in ("one_of_everything", "beyond_a_tile", "odd_channels", "norm_and_upsample", "image"):
+        torch.manual_seed(0)
+        check(arguments(CASES[name]))
+"""
+
+
+@pytest.mark.parametrize("level", _C.simd_levels())
+def test_simd_levels(level: str) -> None:
+    environment = {**os.environ, "VARKERN_SIMD": level}
+    probe = [sys.executable, "-c", "from varkern import _C; print(_C.simd_level())"]
+    if subprocess.run(probe, env=environment, capture_output=True, text=True, check=True).stdout.strip() != level:
+        pytest.skip(f"the processor has no {level}")
+    script = SIMD.format(tests=os.path.dirname(__file__), level=level)
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True)
+
+
+def test_no_batch(device: torch.device) -> None:
+    assert conv3x3(*arguments(Case(0, 8, 4, 5, 5, norm=2), device)).shape == (0, 4, 5, 5)
+
+
+def test_opcheck(device: torch.device) -> None:
+    for case in (CASES["beyond_a_tile"], CASES["norm_and_upsample"], CASES["without_bias"]):
+        x, weight, bias, norm, residual, upsample = arguments(case, device)
+        parts = norm if norm is not None else (None, None, 1, 0.0)
+        args = (x, weight, bias, *parts, residual, upsample, _library.current_backend())
+        torch.library.opcheck(torch.ops.varkern.conv3x3.default, args)
+
+
+def test_compile_fullgraph(device: torch.device) -> None:
+    inputs = arguments(Case(2, 16, 24, 9, 8, norm=4, residual=True), device)
+    with torch.no_grad():
+        compiled = torch.compile(lambda *args: 2 * conv3x3(*args), fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(*inputs), 2 * conv3x3(*inputs), rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_are_refused(device: torch.device) -> None:
+    x, weight, bias, *rest = arguments(CASES["plain"], device)
+    weight.requires_grad_()
+    with pytest.raises(RuntimeError, match="conv3x3 has no gradient: call it under"):
+        conv3x3(x, weight, bias, *rest)
+    with pytest.raises(RuntimeError, match="conv3x3 has no gradient"):
+        torch.ops.varkern.conv3x3(x, weight, bias, None, None, 1, 0.0, None, False, None)
+    with torch.no_grad():
+        conv3x3(x, weight, bias, *rest)
+
+
+def test_fake_tensors_reach_no_kernel() -> None:
+    x, weight, bias, *_ = (None if t is None else t.to("meta") for t in arguments(CASES["plain"])[:3])
+    out = conv3x3(x, weight, bias, upsample=True)
+    assert (out.device.type, out.shape) == ("meta", (1, 16, 16, 16))
+
+
+BAD = {
+    "x_of_three_axes": ({"x": lambda x: x[0]}, "x has shape (16, 8, 8), give (B, C, H, W)"),
+    "no_rows": ({"x": lambda x: x[:, :, :0]}, "give (B, C, H, W) with C, H, W > 0"),
+    "other_channels": ({"x": lambda x: x[:, :8]}, "weight has shape (16, 16, 3, 3), give (Cout, 8, 3, 3)"),
+    "five_by_five": ({"weight": lambda w: F.pad(w, (1, 1, 1, 1))}, "weight has shape (16, 16, 5, 5)"),
+    "no_outputs": ({"weight": lambda w: w[:0]}, "weight has shape (0, 16, 3, 3)"),
+    "bias": ({"bias": lambda b: b[:3]}, "bias has shape (3,), give (16,)"),
+    "norm": ({"norm": lambda n: n._replace(weight=n.weight[:4])}, "norm: weight has shape (4,), give (16,)"),
+    "half_a_norm": ({"norm": lambda n: n._replace(bias=None)}, "both of norm's weight and bias"),
+    "groups": ({"norm": lambda n: n._replace(groups=3)}, "norm: num_groups is 3, give a divisor of the 16"),
+    "no_groups": ({"norm": lambda n: n._replace(groups=0)}, "norm: num_groups is 0"),
+    "residual_channels": ({"residual": lambda r: r[:, :1]}, "residual has shape (1, 1, 8, 8)"),
+    "residual_size": ({"residual": lambda r: r[..., :4]}, "residual is 8 x 4, the result 8 x 8"),
+    "dtypes": ({"weight": lambda w: w.half()}, "weight is torch.float16 on cpu and x torch.float32 on cpu"),
+    "devices": ({"bias": lambda b: b.to("meta")}, "bias is torch.float32 on meta and x torch.float32 on cpu"),
+    "integers": ({name: lambda t: t.int() for name in ("x", "weight", "bias", "residual")}, "x is torch.int32"),
+}
+
+
+@pytest.mark.parametrize("backend", ["cpu", None])
+@pytest.mark.parametrize(("changes", "message"), BAD.values(), ids=BAD)
+def test_bad_input(changes: dict, message: str, backend: str | None) -> None:
+    names = ("x", "weight", "bias", "norm", "residual", "upsample")
+    inputs = dict(zip(names, arguments(Case(norm=4, residual=True)), strict=True))
+    for name, change in changes.items():
+        inputs[name] = change(inputs[name])
+    with use_backend(backend), pytest.raises(ValueError, match=re.escape(message)):
+        conv3x3(**inputs)

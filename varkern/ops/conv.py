@@ -1,0 +1,239 @@
+"""A 3x3 convolution of the tokenizer with what stands around it: group norm and SiLU or nearest upsampling before, the
+residual after.
+
+    y = conv(up(silu(groupnorm(x)))) + bias + residual
+
+On the CPU in float32 by Winograd's F(4x4, 3x3) (Lavin and Gray, arXiv 1509.09308), channels last; elsewhere PyTorch's
+convolution after varkern's group norm.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, NoReturn
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from varkern.ops._library import (
+    Op,
+    autograd,
+    cpu_why_not,
+    current_backend,
+    extension,
+    fake,
+    impl,
+    library,
+    needs_gradient,
+    reference_forced,
+)
+from varkern.ops.group_norm import check_group_norm, group_norm_affine, group_norm_silu, group_norm_silu_reference
+
+__all__ = ["Norm", "conv3x3", "conv3x3_reference"]
+
+# Output tiles of 4 x 4, over the batch, from which on fewer multiplications pay for transforming the weights.
+_MIN_TILES = 32
+
+
+class Norm(NamedTuple):
+    """A group norm as ``group_norm_silu`` takes it: weight and bias (C,), the groups, and what the variance gets."""
+
+    weight: Tensor
+    bias: Tensor
+    groups: int
+    eps: float
+
+
+def conv3x3_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: Norm | None = None,
+    residual: Tensor | None = None,
+    upsample: bool = False,
+) -> Tensor:
+    """``conv3x3`` in plain PyTorch; same arguments."""
+    if norm is not None:
+        x = group_norm_silu_reference(x, *norm)
+    return _plain(x, weight, bias, residual, upsample)
+
+
+def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, upsample: bool) -> Tensor:
+    if upsample:
+        x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+    out = F.conv2d(x, weight, bias, padding=1)
+    return out if residual is None else residual + out
+
+
+def conv3x3(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: Norm | None = None,
+    residual: Tensor | None = None,
+    upsample: bool = False,
+) -> Tensor:
+    """The module docstring's y; each of norm (with its SiLU), residual and upsample may be absent.
+
+    Args:
+        x: (B, C, H, W), floating point; channels last is what the kernels read, anything else is copied.
+        weight, bias: (Cout, C, 3, 3), any strides, and (Cout,); of x's dtype. The map is padded by one zero.
+        norm: group norm before the convolution, followed by SiLU.
+        residual: of the result's shape and dtype, added to it.
+        upsample: the nearest doubling of both sides, before the convolution.
+
+    Returns:
+        (B, Cout, H, W), or (B, Cout, 2H, 2W), channels last; the same bits with any number of threads. The Winograd
+        kernel's error is about 1.5 times a direct float32 convolution's, more where channels are few and both are
+        small.
+
+    For inference: raises ``RuntimeError`` where a gradient would be recorded or the backend asked for cannot serve,
+    ``ValueError`` for shapes, dtypes or devices that do not fit.
+    """
+    norm_weight, norm_bias, groups, eps = norm if norm is not None else (None, None, 1, 0.0)
+    _check(x, weight, bias, norm_weight, norm_bias, groups, residual)
+    if needs_gradient(*(t for t in (x, weight, bias, norm_weight, norm_bias, residual) if t is not None)):
+        _refuse_gradient()
+    if reference_forced():
+        return conv3x3_reference(x, weight, bias, norm, residual, upsample)
+    return torch.ops.varkern.conv3x3(
+        x, weight, bias, norm_weight, norm_bias, groups, eps, residual, upsample, current_backend()
+    )
+
+
+def _refuse_gradient(*_: object) -> NoReturn:
+    raise RuntimeError(
+        "conv3x3 has no gradient: call it under torch.no_grad() or torch.inference_mode(), or train through "
+        "torch.nn.functional.conv2d."
+    )
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    groups: int,
+    residual: Tensor | None,
+) -> None:
+    if x.dim() != 4 or 0 in x.shape[1:]:
+        raise ValueError(f"conv3x3: x has shape {tuple(x.shape)}, give (B, C, H, W) with C, H, W > 0.")
+    if not x.is_floating_point():
+        raise ValueError(f"conv3x3: x is {x.dtype}, give a floating-point tensor.")
+    C = x.size(1)
+    if weight.dim() != 4 or weight.shape[1:] != (C, 3, 3) or not weight.size(0):
+        raise ValueError(
+            f"conv3x3: weight has shape {tuple(weight.shape)}, give (Cout, {C}, 3, 3) for x {tuple(x.shape)}."
+        )
+    if bias is not None and bias.shape != (weight.size(0),):
+        raise ValueError(f"conv3x3: bias has shape {tuple(bias.shape)}, give ({weight.size(0)},).")
+    if (norm_weight is None) != (norm_bias is None):
+        raise ValueError("conv3x3: give both of norm's weight and bias, or neither.")
+    if norm_weight is not None and norm_bias is not None:
+        check_group_norm("conv3x3's norm", x, norm_weight, norm_bias, groups)
+    if residual is not None and (residual.dim() != 4 or residual.shape[:2] != (x.size(0), weight.size(0))):
+        raise ValueError(
+            f"conv3x3: residual has shape {tuple(residual.shape)}, give the result's, ({x.size(0)}, {weight.size(0)}, "
+            "height, width)."
+        )
+    for name, tensor in (("weight", weight), ("bias", bias), ("residual", residual)):
+        if tensor is not None and (tensor.dtype != x.dtype or tensor.device != x.device):
+            raise ValueError(
+                f"conv3x3: {name} is {tensor.dtype} on {tensor.device} and x {x.dtype} on {x.device}, give them one "
+                "dtype and device."
+            )
+
+
+def _why_not_cpu(x: Tensor, *_: object) -> str | None:
+    return cpu_why_not(x) or (None if x.dtype == torch.float32 else f"{x.dtype} is not float32")
+
+
+def _example(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    return (torch.zeros(1, 32, 32, 32, device=device, dtype=dtype),)
+
+
+_OP = Op("conv3x3", {"cpu": _why_not_cpu}, _example)
+
+_INPUTS = (
+    "Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, int groups, float eps, "
+    "Tensor? residual, bool upsample, str? backend"
+)
+library.define(f"conv3x3({_INPUTS}) -> Tensor")
+
+
+@impl("conv3x3")
+def _conv3x3(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    groups: int,
+    eps: float,
+    residual: Tensor | None,
+    upsample: bool,
+    backend: str | None,
+) -> Tensor:
+    _check(x, weight, bias, norm_weight, norm_bias, groups, residual)
+    B, C, H, W = x.shape
+    factor = 2 if upsample else 1
+    _check_size(residual, factor * H, factor * W)
+    chosen = _OP.choose(backend, x.device.type, x)
+    few = backend is None and B * -(-factor * H // 4) * -(-factor * W // 4) < _MIN_TILES
+    if chosen == "reference" or few or not B:
+        if norm_weight is not None and norm_bias is not None:
+            x = group_norm_silu(x, norm_weight, norm_bias, groups, eps)
+        return _plain(x, weight, bias, residual, upsample).contiguous(memory_format=torch.channels_last)
+    x = x.contiguous(memory_format=torch.channels_last)
+    affine = None
+    if norm_weight is not None and norm_bias is not None:
+        affine = group_norm_affine(x, norm_weight, norm_bias, groups, eps)
+    if bias is not None:
+        bias = bias.contiguous()
+    if residual is not None:
+        residual = residual.contiguous(memory_format=torch.channels_last)
+    out = _empty(x, weight, upsample)
+    extension("cpu").conv3x3(
+        *(x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr()),
+        *((0, 0) if affine is None else (affine[0].data_ptr(), affine[1].data_ptr())),
+        *(0 if residual is None else residual.data_ptr(), out.data_ptr()),
+        *(B, H, W, C, weight.size(0), weight.stride(), upsample),
+    )
+    return out
+
+
+def _check_size(residual: Tensor | None, height: int, width: int) -> None:
+    if residual is not None and residual.shape[2:] != (height, width):
+        raise ValueError(
+            f"conv3x3: residual is {residual.size(2)} x {residual.size(3)}, the result {height} x {width}; give that."
+        )
+
+
+def _empty(x: Tensor, weight: Tensor, upsample: bool) -> Tensor:
+    """The result's memory, channels last."""
+    B, _, H, W = x.shape
+    factor = 2 if upsample else 1
+    return x.new_empty((B, factor * H, factor * W, weight.size(0))).permute(0, 3, 1, 2)
+
+
+@fake("conv3x3")
+def _fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    groups: int,
+    eps: float,
+    residual: Tensor | None,
+    upsample: bool,
+    backend: str | None,
+) -> Tensor:
+    _check(x, weight, bias, norm_weight, norm_bias, groups, residual)
+    out = _empty(x, weight, upsample)
+    _check_size(residual, out.size(2), out.size(3))
+    return out
+
+
+autograd("conv3x3", _refuse_gradient)

@@ -1,0 +1,228 @@
+"""Group normalisation (Wu and He, arXiv 1803.08494) with SiLU, for the tokenizer's convolutions.
+
+    y = silu((x - mean) · rstd · weight + bias),    rstd = 1 / sqrt(var + eps),    silu(z) = z / (1 + exp(-z))
+
+Mean and variance are those of a group's channels over all positions of an image. What a group does to a channel is one
+multiplication and one addition; ``group_norm_affine`` gives those two numbers alone, for a kernel that applies them
+while it loads.
+"""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from varkern.ops._library import (
+    DTYPE_CODES,
+    Op,
+    autograd,
+    cpu_why_not,
+    current_backend,
+    device_guard,
+    dtype_why_not,
+    extension,
+    fake,
+    impl,
+    library,
+    needs_gradient,
+    reference_forced,
+    stream,
+)
+
+__all__ = ["group_norm_affine", "group_norm_affine_reference", "group_norm_silu", "group_norm_silu_reference"]
+
+
+def group_norm_silu_reference(
+    x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float = 1e-6, silu: bool = True
+) -> Tensor:
+    """``group_norm_silu`` in plain PyTorch, as an eager decoder computes it; same arguments and result."""
+    dtype = x.dtype
+    if weight.dtype != dtype:
+        x, weight, bias = x.float(), weight.float(), bias.float()
+    out = torch.group_norm(x, num_groups, weight, bias, eps)
+    return (F.silu(out, inplace=True) if silu else out).to(dtype)
+
+
+def group_norm_affine_reference(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float = 1e-6) -> Tensor:
+    """``group_norm_affine`` in plain PyTorch; same arguments and result."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    grouped = wide.flatten(2).unflatten(1, (num_groups, x.size(1) // num_groups))
+    variance, mean = torch.var_mean(grouped, (2, 3), correction=0, keepdim=True)
+    multiplier = torch.rsqrt(variance + eps) * weight.to(wide.dtype).view(num_groups, -1, 1)
+    offset = bias.to(wide.dtype).view(num_groups, -1, 1) - mean * multiplier
+    return torch.stack((multiplier, offset)).flatten(2).float()
+
+
+def group_norm_silu(
+    x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float = 1e-6, silu: bool = True
+) -> Tensor:
+    """Group normalisation, then SiLU (module docstring).
+
+    Args:
+        x: (B, C, H, W), float32, float16 or bfloat16. Contiguous or channels_last memory is read as it lies, channels
+            next to each other being the faster form on CUDA; other strides are copied first.
+        weight, bias: (C,), of one floating-point dtype, which may differ from x's; used in float32.
+        num_groups: a divisor of C.
+        eps: added to the variance.
+        silu: False leaves the activation out.
+
+    Returns:
+        (B, C, H, W) of x's dtype and memory format, under autocast too: eager PyTorch normalises in float32 there and
+        the next convolution rounds, here the op rounds. Arithmetic is float32, sums are combined in float64 and in an
+        order fixed by the shapes: the same bits whatever the device's size and the number of threads. The mean is
+        subtracted before anything is multiplied, so a large mean costs no more than x's own rounding.
+
+    For inference: raises ``RuntimeError`` where a gradient would be recorded, or where the backend asked for cannot
+    serve, ``ValueError`` for shapes, dtypes or devices that do not fit. float64 is computed by the reference.
+    """
+    check_group_norm("group_norm_silu", x, weight, bias, num_groups)
+    if needs_gradient(x, weight, bias):
+        _refuse_gradient()
+    if reference_forced():
+        return group_norm_silu_reference(x, weight, bias, num_groups, eps, silu)
+    return torch.ops.varkern.group_norm_silu(x, weight, bias, num_groups, eps, silu, current_backend())
+
+
+def group_norm_affine(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float = 1e-6) -> Tensor:
+    """What group normalisation multiplies every channel with, and what it adds: y = x · a + b.
+
+    Arguments and errors are those of ``group_norm_silu``.
+
+    Returns:
+        (2, B, C) float32: a = rstd · weight and b = bias - mean · a, of statistics in float64. b is computed from the
+        rounded a, so that a's rounding is relative to x - mean, not to x. What this form loses is the rounding of b
+        itself, up to 2⁻²⁴ · |b|: with |mean| = 1000 standard deviations 6e-5 of a standard deviation of y. That is what
+        PyTorch's own kernels lose, which have the same form; a fused multiply-add adds nothing to it.
+        ``group_norm_silu`` does not lose it.
+    """
+    check_group_norm("group_norm_affine", x, weight, bias, num_groups)
+    if needs_gradient(x, weight, bias):
+        _refuse_gradient_affine()
+    if reference_forced():
+        return group_norm_affine_reference(x, weight, bias, num_groups, eps)
+    return torch.ops.varkern.group_norm_affine(x, weight, bias, num_groups, eps, current_backend())
+
+
+def _refuse_gradient(*_: object) -> NoReturn:
+    raise RuntimeError(
+        "group_norm_silu has no gradient: call it under torch.no_grad() or torch.inference_mode(), or train through "
+        "torch.nn.functional.group_norm and silu."
+    )
+
+
+def _refuse_gradient_affine(*_: object) -> NoReturn:
+    raise RuntimeError(
+        "group_norm_affine has no gradient: call it under torch.no_grad() or torch.inference_mode(), or train through "
+        "torch.nn.functional.group_norm."
+    )
+
+
+def check_group_norm(op: str, x: Tensor, weight: Tensor, bias: Tensor, num_groups: int) -> None:
+    if x.dim() != 4 or 0 in x.shape[1:]:
+        raise ValueError(f"{op}: x has shape {tuple(x.shape)}, give (B, C, H, W) with C, H, W > 0.")
+    C = x.size(1)
+    if num_groups < 1 or C % num_groups:
+        raise ValueError(f"{op}: num_groups is {num_groups}, give a divisor of the {C} channels.")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor.shape != (C,):
+            raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, give ({C},) for {C} channels.")
+        if tensor.device != x.device:
+            raise ValueError(f"{op}: {name} is on {tensor.device} and x on {x.device}, use one device.")
+    if weight.dtype != bias.dtype:
+        raise ValueError(f"{op}: weight is {weight.dtype} and bias {bias.dtype}, give them one dtype.")
+    if not (x.is_floating_point() and weight.is_floating_point()):
+        raise ValueError(f"{op}: x is {x.dtype} and weight {weight.dtype}, give floating-point tensors.")
+
+
+def _why_not_cpu(x: Tensor, *_: object) -> str | None:
+    return cpu_why_not(x) or dtype_why_not(x)
+
+
+def _example(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    return (torch.zeros(1, 64, 4, 4, device=device, dtype=dtype),)
+
+
+_SILU = Op("group_norm_silu", {"cpu": _why_not_cpu}, _example)
+_AFFINE = Op("group_norm_affine", {"cpu": _why_not_cpu}, _example)
+
+_INPUTS = "Tensor x, Tensor weight, Tensor bias, int num_groups, float eps"
+library.define(f"group_norm_silu({_INPUTS}, bool silu, str? backend) -> Tensor")
+library.define(f"group_norm_affine({_INPUTS}, str? backend) -> Tensor")
+
+
+def _format(x: Tensor) -> torch.memory_format:
+    """Of the result, and of the copy of an x that has neither."""
+    return torch.channels_last if x.stride(1) == 1 and not x.is_contiguous() else torch.contiguous_format
+
+
+def _launch(
+    backend: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    out: Tensor | None,
+    num_groups: int,
+    eps: float,
+    silu: bool = False,
+) -> Tensor:
+    """Fills out, if there is one. Returns the coefficients: (2, B, C), or (3, B, C) with those of out."""
+    B, C, H, W = x.shape
+    coefficients = x.new_empty((2 if out is None else 3, B, C), dtype=torch.float32)
+    if B == 0:
+        return coefficients
+    x = x.contiguous(memory_format=_format(x))
+    weight, bias = (tensor.detach().float().contiguous() for tensor in (weight, bias))
+    with device_guard(x):
+        extension(backend).group_norm(
+            *(x.data_ptr(), weight.data_ptr(), bias.data_ptr()),
+            *(0 if out is None else out.data_ptr(), coefficients.data_ptr(), B, C, H * W, num_groups),
+            *(DTYPE_CODES[x.dtype], _format(x) == torch.channels_last, silu, eps),
+            *stream(x),
+        )
+    return coefficients
+
+
+@impl("group_norm_silu")
+def _group_norm_silu(
+    x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, silu: bool, backend: str | None
+) -> Tensor:
+    check_group_norm("group_norm_silu", x, weight, bias, num_groups)
+    backend = _SILU.choose(backend, x.device.type, x)
+    if backend == "reference":
+        out = group_norm_silu_reference(x, weight, bias, num_groups, eps, silu)
+        return out.contiguous(memory_format=_format(x))
+    out = torch.empty_like(x, memory_format=_format(x))
+    _launch(backend, x, weight, bias, out, num_groups, eps, silu)
+    return out
+
+
+@impl("group_norm_affine")
+def _group_norm_affine(
+    x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, backend: str | None
+) -> Tensor:
+    check_group_norm("group_norm_affine", x, weight, bias, num_groups)
+    backend = _AFFINE.choose(backend, x.device.type, x)
+    if backend == "reference":
+        return group_norm_affine_reference(x, weight, bias, num_groups, eps)
+    return _launch(backend, x, weight, bias, None, num_groups, eps)
+
+
+@fake("group_norm_silu")
+def _fake_silu(
+    x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, silu: bool, backend: str | None
+) -> Tensor:
+    check_group_norm("group_norm_silu", x, weight, bias, num_groups)
+    return torch.empty_like(x, memory_format=_format(x))
+
+
+@fake("group_norm_affine")
+def _fake_affine(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, backend: str | None) -> Tensor:
+    check_group_norm("group_norm_affine", x, weight, bias, num_groups)
+    return x.new_empty((2, x.size(0), x.size(1)), dtype=torch.float32)
+
+
+autograd("group_norm_silu", _refuse_gradient)
+autograd("group_norm_affine", _refuse_gradient_affine)
