@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from varkern.engine import clear_graphs
+
 Call = Callable[[], Any]
 
 ROUNDS, WARM_UP = 60, 5
@@ -173,14 +175,20 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
 
 
 def peak_bytes(call: Call, device: torch.device) -> int | None:
-    """Memory that a call takes at its peak above what was allocated before; None on a CPU (see memory_child.py)."""
+    """Memory that a call takes at its peak above what was allocated before; None on a CPU (see memory_child.py).
+
+    A generation that has become a CUDA graph takes no memory any more. So graphs are freed first, and of two calls the
+    first runs without a graph, the second captures one.
+    """
     if device.type != "cuda":
         return None
+    clear_graphs()
     gc.collect()
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    call()
+    for _ in range(2):
+        call()
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
 
