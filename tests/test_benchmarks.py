@@ -56,23 +56,17 @@ def result(*rows: dict[str, Any], device_type: str = "cpu", **changes: Any) -> d
 # --- the whole suite, tiny ------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, str, dict[str, Any]]:
-    """`varkern bench --smoke` of every file: exit status, output, record."""
-    out = tmp_path_factory.mktemp("smoke") / "record.json"
+@pytest.mark.slow
+def test_every_benchmark_runs(tmp_path: Path) -> None:
+    out = tmp_path / "record.json"
     command = [sys.executable, "-c", "import sys; from varkern.cli import main; sys.exit(main())"]
     command += ["bench", "--smoke", "--device", "cpu", "--out", str(out)]
-    done = subprocess.run(command, cwd=out.parent, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert out.exists(), done.stdout + done.stderr
-    return done.returncode, done.stdout, json.loads(out.read_text())
-
-
-@pytest.mark.slow
-def test_every_benchmark_runs(smoke: tuple[int, str, dict[str, Any]]) -> None:
-    status, output, found = smoke
+    found, output = json.loads(out.read_text()), done.stdout
     assert found["failures"] == []
     assert found["not_run"] == []
-    assert status == 0, output
+    assert done.returncode == 0, output
     assert {entry["file"] for entry in found["rows"]} == {path.name for path in BENCHMARKS.glob("bench_*.py")}
     record.check(found)
     timed = [entry for entry in found["rows"] if entry["median_s"] is not None]
@@ -87,12 +81,21 @@ def test_every_benchmark_runs(smoke: tuple[int, str, dict[str, Any]]) -> None:
     assert "block-causal attention" in output
 
 
-@pytest.mark.slow
-def test_pictures(smoke: tuple[int, str, dict[str, Any]], tmp_path: Path) -> None:
+def test_pictures(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    paths = module("plot").draw(smoke[2], tmp_path, "here")
-    assert sorted(path.name for path in paths) == ["here-roofline.png", "here-scaling.png", "here-speedup.png"]
+    plot = module("plot")
+    rows = [row(provider="reference"), row(), row("small", "reference"), row("small", speedup=0.7)]
+    assert plot.scaling(result(*rows)) is None  # nothing to draw
+    for axis, (_, group) in plot.AXES.items():
+        for value in (1, 2, 4):
+            facts = {"batch": 1, "depth": 2, "pixels": 256, axis: value}
+            rows += [row(f"{axis} {value}", who, group=group, facts=facts) for who in ("reference", "varkern")]
+    paths = plot.draw(result(*rows), tmp_path, "here")
+    assert [path.name for path in paths] == ["here-speedup.png", "here-scaling.png", "here-roofline.png"]
     assert all(path.read_bytes()[:4] == b"\x89PNG" and path.stat().st_size > 5000 for path in paths)
+    (tmp_path / "r.json").write_text("{}")
+    with pytest.raises(SystemExit, match="is no benchmark result"):
+        plot.main([str(tmp_path / "r.json")])
 
 
 BROKEN = """
