@@ -1,5 +1,5 @@
 # make demo | test | bench | lint   set up .venv themselves (PYTHON=python3.12 chooses the interpreter)
-# make gpu                          on a machine with a GPU: uses PYTHON's own packages, needs no network
+# make gpu [PARTS="test bench"]     on a machine with a GPU: uses PYTHON's own packages, needs no network
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -16,7 +16,7 @@ test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses=8
 
 bench: $(INSTALLED)
-	$(BIN)/pytest benchmarks --benchmark-only
+	$(BIN)/varkern bench
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -33,12 +33,7 @@ $(INSTALLED): $(BUILD_INPUTS)
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-# pytest's own script: "python -m pytest" would put the root, and with it the folder kernels, on the import path.
-gpu: DEVICE = $(shell $(PYTHON) -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))' 2>/dev/null)
-gpu: PYTEST = $(shell $(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("scripts"))')/pytest
+# PARTS: some of build test sanitize bench bars compile.
+PARTS ?= build test sanitize bench bars
 gpu:
-	@test -n "$(DEVICE)" || { echo "varkern: $(PYTHON) sees no CUDA device through torch; run: make gpu PYTHON=<one that does>"; exit 1; }
-	$(PYTHON) -m pip install --no-build-isolation --no-deps -e .
-	$(PYTEST) -m gpu
-	mkdir -p benchmarks/results
-	$(PYTEST) benchmarks --benchmark-only --benchmark-json=benchmarks/results/$(DEVICE).json
+	$(PYTHON) benchmarks/gpu.py --parts "$(PARTS)"

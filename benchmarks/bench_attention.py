@@ -5,7 +5,6 @@ Masked SDPA is what the reference runs. Rows count the arithmetic of visible pai
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -13,13 +12,16 @@ import pytest
 import shapes
 import torch
 import torch.nn.functional as F
+from measure import settings
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from varkern.ops import block_causal_attention, block_causal_attention_qkv, block_causal_attention_qkv_reference
 from varkern.ops.attention_peers import peer_attention, why_not_peer
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+HEADS = 2 if settings.smoke else 16
+SCHEDULES = list(shapes.some(shapes.SCHEDULES))
 
 
 def dtype_of(device: torch.device) -> torch.dtype:
@@ -28,6 +30,8 @@ def dtype_of(device: torch.device) -> torch.dtype:
 
 def batch_of(device: torch.device, schedule: str) -> int:
     """2 on a CPU; on a GPU what gives every schedule about the same work as 64 images of 256 px."""
+    if settings.smoke:
+        return 1
     return 2 if device.type == "cpu" else {"256px": 64, "512px": 8, "1024px": 1}[schedule]
 
 
@@ -46,18 +50,24 @@ def prefixes(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scale: f
     return torch.cat(outs, 2)
 
 
+def dense(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Flash attention over every pair, by PyTorch's own FA2; left alone, PyTorch may take cuDNN's."""
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+
+
 def providers(q: Tensor, lengths: tuple[int, ...], scale: float) -> dict[str, Attention]:
-    """VARKERN_BENCH_COMPILE=1 adds FlexAttention on a CPU, which has to compile first."""
+    """On a CPU FlexAttention, which has to compile first, only where --compile asks for it."""
     functions: dict[str, Attention] = {
         "masked SDPA": lambda q, k, v: peer_attention("sdpa", q, k, v, lengths, scale),
         "SDPA a scale": lambda q, k, v: prefixes(q, k, v, lengths, scale),
     }
     for name in ("flex", "flash"):
-        slow = name == "flex" and q.device.type == "cpu" and os.environ.get("VARKERN_BENCH_COMPILE") != "1"
+        slow = name == "flex" and q.device.type == "cpu" and not settings.compile
         if why_not_peer(name, q) is None and not slow:
             functions[name] = lambda q, k, v, name=name: peer_attention(name, q, k, v, lengths, scale)
     if q.device.type == "cuda":  # computes every pair, seen or not
-        functions["dense SDPA"] = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, scale=scale)
+        functions["dense SDPA"] = lambda q, k, v: dense(q, k, v, scale)
     functions["varkern"] = lambda q, k, v: block_causal_attention(q, k, v, lengths=lengths, softmax_scale=scale)
     return functions
 
@@ -67,12 +77,33 @@ def check(got: Tensor, want: Tensor) -> None:
     torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance * float(want.abs().max()))
 
 
+ATTENTION_SHAPE = (2, 16, "512px")
+
+
+def training_attention(shape: tuple[int, int, str], backend: str | None) -> Callable[[], list[Tensor]]:
+    """Forward and backward on a CPU for (B, H, schedule); under "reference" by masked SDPA."""
+    B, H, schedule = shape
+    lengths = tuple(p * p for p in shapes.SCHEDULES[schedule])
+    torch.manual_seed(0)
+    inputs = [t.requires_grad_() for t in torch.randn(3, B, H, sum(lengths), 64).unbind(0)]
+    grad = torch.randn_like(inputs[0])
+
+    def call() -> list[Tensor]:
+        if backend == "reference":
+            out = peer_attention("sdpa", *inputs, lengths, 0.125)
+        else:
+            out = block_causal_attention(*inputs, lengths=lengths, softmax_scale=0.125)
+        return [out, *torch.autograd.grad(out, inputs, grad)]
+
+    return call
+
+
 @pytest.mark.benchmark(group="block-causal attention")
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
-@pytest.mark.parametrize("schedule", shapes.SCHEDULES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_attention(compare: Any, device: torch.device, schedule: str, backward: bool) -> None:
     skip_what_takes_minutes(device, schedule)
-    lengths, (H, D) = tuple(p * p for p in shapes.SCHEDULES[schedule]), (16, 64)
+    lengths, (H, D) = tuple(p * p for p in shapes.SCHEDULES[schedule]), (HEADS, 64)
     B, L, scale = batch_of(device, schedule), sum(lengths), 0.125
     torch.manual_seed(0)
     q, k, v = torch.randn(3, B, H, L, D, device=device, dtype=dtype_of(device)).unbind(0)
@@ -100,10 +131,10 @@ def test_attention(compare: Any, device: torch.device, schedule: str, backward: 
 
 
 @pytest.mark.benchmark(group="block-causal attention from the qkv projection, forward and backward")
-@pytest.mark.parametrize("schedule", [name for name in shapes.SCHEDULES if name != "1024px"])
+@pytest.mark.parametrize("schedule", [name for name in SCHEDULES if name != "1024px"])
 def test_from_the_projection(compare: Any, device: torch.device, schedule: str) -> None:
     """With biases, L2 norms and temperature: what a block of a published model runs."""
-    lengths, (H, D) = tuple(p * p for p in shapes.SCHEDULES[schedule]), (16, 64)
+    lengths, (H, D) = tuple(p * p for p in shapes.SCHEDULES[schedule]), (HEADS, 64)
     B, L = batch_of(device, schedule), sum(lengths)
     torch.manual_seed(0)
     qkv = torch.randn(B, L, 3, H, D, device=device, dtype=dtype_of(device))

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import shapes
 import torch
+from measure import settings
 from torch import Tensor
 
 from varkern.ops import modulated_layer_norm, modulated_layer_norm_reference
 
-DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = shapes.some({"f32": torch.float32, "bf16": torch.bfloat16})
 
 
 def providers() -> dict[str, Callable[..., Tensor]]:
-    """VARKERN_BENCH_COMPILE=1 adds torch.compile, which has to compile first."""
+    """With torch.compile, which has to compile first, where --compile asks for it."""
     functions: dict[str, Callable[..., Tensor]] = {"reference": modulated_layer_norm_reference}
-    if os.environ.get("VARKERN_BENCH_COMPILE") == "1":
+    if settings.compile:
         functions["torch.compile"] = torch.compile(modulated_layer_norm_reference, fullgraph=True, dynamic=False)
     functions["varkern"] = modulated_layer_norm
     return functions
@@ -40,7 +40,9 @@ def check(got: Tensor, want: Tensor) -> None:
 
 @pytest.mark.benchmark(group="modulated_layer_norm forward")
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("shape", (every := shapes.NORM_TRAINING | shapes.NORM_GENERATION).values(), ids=every)
+@pytest.mark.parametrize(
+    "shape", (every := shapes.some(shapes.NORM_GENERATION | shapes.NORM_TRAINING)).values(), ids=every
+)
 def test_forward(compare: Any, device: torch.device, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     x, scale, shift = arguments(shape, dtype, device)
     functions = providers()

@@ -1,4 +1,4 @@
-"""The residual quantizer beside eager PyTorch: encode, teacher-forcing input, training step, one step of generation.
+"""The residual quantizer beside eager PyTorch: encode, decode, teacher-forcing input, training, a step of generation.
 
 The inputs are those of the 256 px and 512 px tokenizers with random weights: the work does not depend on values. Each
 row records the floor's arithmetic: the distances, and phi as a full-size convolution a scale.
@@ -20,12 +20,18 @@ from varkern.ops.quantize import Phi, Size
 
 V, CV, NUM_PHIS = 4096, 32, 4
 SCHEDULES = {"256px": shapes.PATCH_NUMS_256, "512px": shapes.PATCH_NUMS_512}
-BATCHES = [pytest.param(("256px", B), id=f"256px-B{B}") for B in (1, 8)] + [pytest.param(("512px", 1), id="512px-B1")]
+# On a CPU batch 64 is the same work as 8, only more of it.
+CUDA_ONLY = ("256px", 64)
+PROBLEMS = shapes.some([("256px", 1), ("256px", 8), ("512px", 1), CUDA_ONLY])
+BATCHES = [pytest.param(problem, id=f"{problem[0]}-B{problem[1]}") for problem in PROBLEMS]
+STEPS = [0, 5, 8]
 which = pytest.mark.parametrize("which", BATCHES)
 
 
 class Problem:
     def __init__(self, which: tuple[str, int], device: torch.device) -> None:
+        if which == CUDA_ONLY and device.type == "cpu":
+            pytest.skip("a size for a GPU")
         torch.manual_seed(0)
         self.sizes: list[Size] = as_sizes(SCHEDULES[which[0]])
         K, full = len(self.sizes), self.sizes[-1]
@@ -34,15 +40,22 @@ class Problem:
         self.weights = [torch.randn(CV, CV, 3, 3, device=device) / 17 for _ in range(NUM_PHIS)]
         self.biases = [torch.randn(CV, device=device) * 0.02 for _ in range(NUM_PHIS)]
         self.of_scale = [phi_index(k / (K - 1), NUM_PHIS) for k in range(K)]
-        tokens = sum(h * w for h, w in self.sizes)
-        self.flop = which[1] * (2 * tokens * V * CV + 2 * K * full[0] * full[1] * 9 * CV * CV)
+        self.tokens = sum(h * w for h, w in self.sizes)
+        self.phi_flop = which[1] * 2 * K * full[0] * full[1] * 9 * CV * CV
+        self.flop = which[1] * 2 * self.tokens * V * CV + self.phi_flop
 
     @property
     def phis(self) -> list[Phi]:
         return [Phi(self.weights[i], self.biases[i], 0.5) for i in self.of_scale]
 
     def facts(self) -> dict[str, Any]:
-        return {"shape": tuple(self.features.shape), "V": V, "sizes": self.sizes, "flop": self.flop}
+        return {"shape": tuple(self.features.shape), "V": V, "batch": len(self.features)}
+
+
+def check_indices(got: list[Tensor], want: list[Tensor], device: torch.device) -> None:
+    """The same codes; on a GPU a near-tie may go to the other code, and the scales after it follow."""
+    same = (torch.cat(got, 1) == torch.cat(want, 1)).double().mean()
+    assert same == 1 if device.type == "cpu" else same > 0.99, f"{same:.2%} of the codes agree"
 
 
 @pytest.mark.benchmark(group="residual_quantize: features to indices")
@@ -52,12 +65,32 @@ def test_encode(compare: Any, device: torch.device, which: tuple[str, int]) -> N
     args = (p.features, p.codebook, p.phis, p.sizes, False, False)
     with torch.inference_mode():
         got, want = ops.residual_quantize(*args)[0], ops.residual_quantize_reference(*args)[0]
-        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        check_indices(got, want, device)
         calls = {
             "reference": lambda: ops.residual_quantize_reference(*args),
             "varkern": lambda: ops.residual_quantize(*args),
         }
-        compare(calls, moved=2 * p.features.nbytes + p.codebook.nbytes, **p.facts())
+        compare(calls, moved=2 * p.features.nbytes + p.codebook.nbytes, flop=p.flop, **p.facts())
+
+
+@pytest.mark.benchmark(group="residual_dequantize: indices to f_hat")
+@which
+def test_dequantize(compare: Any, device: torch.device, which: tuple[str, int]) -> None:
+    p = Problem(which, device)
+    tokens = torch.randint(V, (len(p.features), p.tokens), device=device)
+    args = (p.codebook, p.phis, p.sizes)
+
+    def eager() -> list[Tensor]:
+        return ops.residual_dequantize_reference(ops.code_maps_reference(tokens, *args[::2]), p.phis, p.sizes[-1])
+
+    def ours() -> list[Tensor]:
+        return ops.residual_dequantize(tokens, *args, p.sizes[-1])
+
+    with torch.inference_mode():
+        for got, want in zip(ours(), eager(), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=2e-5)
+        moved = tokens.nbytes + p.codebook.nbytes + len(p.sizes) * p.features.nbytes
+        compare({"reference": eager, "varkern": ours}, moved=moved, flop=p.phi_flop, **p.facts())
 
 
 @pytest.mark.benchmark(group="teacher_forcing_input: indices to input")
@@ -75,7 +108,9 @@ def test_teacher_forcing(compare: Any, device: torch.device, which: tuple[str, i
             return ops.teacher_forcing_input(tokens, p.codebook, p.phis[:-1], p.sizes)
 
         torch.testing.assert_close(ours(), eager(), rtol=0, atol=2e-5)
-        compare({"reference": eager, "varkern": ours}, moved=tokens.nbytes + ours().nbytes, **p.facts())
+        compare(
+            {"reference": eager, "varkern": ours}, moved=tokens.nbytes + ours().nbytes, flop=p.phi_flop, **p.facts()
+        )
 
 
 @pytest.mark.benchmark(group="residual_quantize_train: forward and backward")
@@ -99,11 +134,11 @@ def test_training(compare: Any, device: torch.device, which: tuple[str, int]) ->
     }
     for got, want in zip(*(call() for call in calls.values()), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5 * float(want.abs().max()))
-    compare(calls, moved=2 * sum(leaf.nbytes for leaf in leaves), **p.facts())
+    compare(calls, moved=2 * sum(leaf.nbytes for leaf in leaves), flop=p.flop, **p.facts())
 
 
 @pytest.mark.benchmark(group="next_scale_input: one step of generation")
-@pytest.mark.parametrize("k", [0, 5, 8])
+@pytest.mark.parametrize("k", shapes.some(STEPS))
 def test_step(compare: Any, device: torch.device, k: int) -> None:
     p = Problem(("256px", 1), device)
     codes, f_hat = torch.randn(1, CV, *p.sizes[k], device=device), torch.zeros_like(p.features)

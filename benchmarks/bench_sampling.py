@@ -7,21 +7,23 @@ from typing import Any
 import pytest
 import shapes
 import torch
+from measure import settings
 from torch import Tensor
 
 from varkern.ops import sampling as ops
 
 V = 4096
-SETTINGS = {  # guidance, top_k, top_p
-    "paper": (1.5, 900, 0.96),
+PAPER = (1.5, 900, 0.96)  # guidance, top_k, top_p
+SETTINGS = {
+    "paper": PAPER,
     "top_k": (1.5, 900, 0.0),
     "top_p": (1.5, 0, 0.96),
     "plain": (1.5, 0, 0.0),
 }
 # (images, tokens): the first, a middle and the last scale of one image, and the last scale of a batch.
-ROWS = {f"B{B}-{p}x{p}": (B, p * p) for B, p in ((1, 1), (1, 6), (1, shapes.PATCH_NUMS_256[-1]), (8, 16))}
-DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
-LAST = ROWS["B1-16x16"]
+ROWS = shapes.some({f"B{B}-{p}x{p}": (B, p * p) for B, p in ((1, 1), (1, 6), (1, 16), (8, 16))})
+DTYPES = shapes.some({"f32": torch.float32, "bf16": torch.bfloat16})
+LAST = (1, 16 if settings.smoke else 256)
 
 
 def reference(logits: Tensor, noise: Tensor | torch.Generator, guidance: float, top_k: int, top_p: float) -> Tensor:
@@ -50,10 +52,12 @@ def run(
             assert torch.equal(*tokens)
         else:  # another order of summation: a code in a thousand may be another
             assert (tokens[0] == tokens[1]).float().mean() > 0.999
-        calls = {
-            "reference": lambda: reference(logits, noise, *setting),
-            "varkern": lambda: ops.sample_tokens(logits, noise, *setting),
-        }
+        calls = {"reference": lambda: reference(logits, noise, *setting)}
+        if settings.compile:
+            compiled = torch.compile(reference, dynamic=False)
+            calls["torch.compile"] = lambda: compiled(logits, noise, *setting)
+            assert (calls["torch.compile"]() == tokens[0]).float().mean() > 0.999
+        calls["varkern"] = lambda: ops.sample_tokens(logits, noise, *setting)
         moved = logits.nbytes + noise.nbytes + tokens[0].nbytes
         compare(calls, moved=moved, shape=tuple(logits.shape), dtype=str(dtype), setting=setting)
 
@@ -61,7 +65,7 @@ def run(
 @pytest.mark.benchmark(group="sample_tokens, noise drawn beforehand")
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
 def test_rows(compare: Any, device: torch.device, rows: tuple[int, int]) -> None:
-    run(compare, device, rows, torch.float32, SETTINGS["paper"])
+    run(compare, device, rows, torch.float32, PAPER)
 
 
 @pytest.mark.benchmark(group="sample_tokens, noise drawn beforehand")
@@ -75,7 +79,7 @@ def test_settings(compare: Any, device: torch.device, setting: tuple[float, int,
 def test_with_noise(compare: Any, device: torch.device) -> None:
     logits, noise = problem(device, LAST, torch.float32)
     generators = [torch.Generator(device).manual_seed(0) for _ in range(3)]
-    setting = SETTINGS["paper"]
+    setting = PAPER
     with torch.inference_mode():
         got, want = (
             function(logits, generator, *setting)
@@ -93,7 +97,7 @@ def test_with_noise(compare: Any, device: torch.device) -> None:
 @pytest.mark.benchmark(group="filter_logits")
 def test_filter(compare: Any, device: torch.device) -> None:
     logits, _ = problem(device, LAST, torch.float32)
-    guidance, top_k, top_p = SETTINGS["paper"]
+    guidance, top_k, top_p = PAPER
 
     def eager() -> Tensor:
         return ops.filter_logits_reference_(ops.guided_logits_reference(logits, guidance), top_k, top_p)
@@ -101,4 +105,4 @@ def test_filter(compare: Any, device: torch.device) -> None:
     with torch.inference_mode():
         assert torch.equal(ops.filter_logits(logits, guidance, top_k, top_p), eager())
         calls = {"reference": eager, "varkern": lambda: ops.filter_logits(logits, guidance, top_k, top_p)}
-        compare(calls, moved=3 * logits.nbytes // 2, shape=tuple(logits.shape), setting=SETTINGS["paper"])
+        compare(calls, moved=3 * logits.nbytes // 2, shape=tuple(logits.shape), setting=PAPER)

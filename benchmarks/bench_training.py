@@ -9,12 +9,16 @@ import pytest
 import shapes
 import torch
 import torch.nn.functional as F
+from measure import settings
 
 import varkern
 
+# (depth, batch)
+SIZES = {"cpu": (2, 1) if settings.smoke else (8, 4), "cuda": (2, 1) if settings.smoke else (16, 64)}
 
-def step_of(depth: int, batch: int, device: torch.device) -> tuple[Callable[[str | None], float], int]:
-    """A function that takes one step on a backend and returns its loss; and the least arithmetic of a step."""
+
+def step_of(depth: int, batch: int, device: torch.device) -> tuple[Callable[..., float], int]:
+    """A function that takes one step on a backend, compiled or not, and returns its loss; and a step's arithmetic."""
     torch.manual_seed(0)
     vae = varkern.VQVAE(ch=32, v_patch_nums=shapes.PATCH_NUMS_256, test_mode=True)
     var = varkern.VAR(vae, depth=depth, embed_dim=64 * depth, num_heads=depth, attn_l2_norm=True).to(device)
@@ -24,9 +28,12 @@ def step_of(depth: int, batch: int, device: torch.device) -> tuple[Callable[[str
     x = torch.randn(batch, var.L - 1, var.Cvae, device=device)
     tokens = torch.randint(var.V, (batch, var.L), device=device)
 
-    def step(backend: str | None) -> float:
+    compiled = torch.compile(var)  # nothing is compiled before it is called
+
+    def step(backend: str | None, compile: bool = False) -> float:
+        model = compiled if compile else var
         with varkern.use_backend(backend), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = F.cross_entropy(var(labels, x).flatten(0, 1), tokens.flatten())
+            loss = F.cross_entropy(model(labels, x).flatten(0, 1), tokens.flatten())
         with varkern.use_backend(backend):
             loss.backward()
         optimizer.step()
@@ -39,7 +46,7 @@ def step_of(depth: int, batch: int, device: torch.device) -> tuple[Callable[[str
 
 @pytest.mark.benchmark(group="training step")
 def test_training_step(compare: Any, device: torch.device) -> None:
-    depth, batch = (8, 4) if device.type == "cpu" else (16, 64)
+    depth, batch = SIZES[device.type]
     step, flop = step_of(depth, batch, device)
     with torch.random.fork_rng():
         losses = []
@@ -47,5 +54,10 @@ def test_training_step(compare: Any, device: torch.device) -> None:
             torch.manual_seed(1)  # the labels that are dropped
             losses.append(step_of(depth, 1, device)[0](backend))
     assert abs(losses[0] - losses[1]) < 1e-3 * losses[0]
-    calls = {"reference": lambda: step("reference"), "varkern": lambda: step(None)}
-    compare(calls, moved=1, flop=flop, shape=(batch, 680), depth=depth)
+    calls = {"reference": lambda: step("reference")}
+    if settings.compile:
+        calls["torch.compile"] = lambda: step("reference", compile=True)
+    calls["varkern"] = lambda: step(None)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    facts = {"shape": (batch, 680), "dtype": dtype, "depth": depth, "batch": batch}
+    compare(calls, moved=0, flop=flop, case=f"d{depth}-B{batch}", **facts)

@@ -1,35 +1,85 @@
-"""What the benchmarks share: providers measured in turn, round by round, and what is recorded beside a time.
+"""What the benchmarks share: the device, `compare`, and what is recorded of a comparison.
 
-    pytest benchmarks --benchmark-json=out.json
-
-Machines drift: another process, a clock that steps down. So the providers of one comparison are not timed one after
-the other but interleaved, one call each in every round, in an order that rotates, and what is compared is the median
-of the ratios within the rounds. Slow calls get fewer rounds.
+varkern bench                                      the whole suite, recorded in results/
+pytest benchmarks --benchmark-only -s -k norm      a part of it, by hand
+pytest benchmarks --smoke                          tiny shapes, each call checked and made once
 """
 
 from __future__ import annotations
 
+import json
 import platform
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import measure
 import pytest
 import torch
 
 import varkern
 
-ROUNDS, WARM_UP = 60, 5
-MIN_ROUNDS, MAX_SECONDS = 5, 15.0  # of one comparison
-MIN_SECONDS = 1e-3  # of one sample: shorter calls are repeated
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("varkern")
+    group.addoption("--smoke", action="store_true", help="tiny shapes, every call checked and made once")
+    group.addoption("--full", action="store_true", help="more shapes and rounds: takes much longer than ten minutes")
+    group.addoption("--compile", action="store_true", help="torch.compile of the reference as a provider")
+    group.addoption("--on", choices=("cpu", "cuda"), help="benchmarks of this device alone")
+    group.addoption("--rows", type=Path, help="append what is measured, and what failed, to this file of JSON lines")
+    group.addoption("--deadline", type=float, default=float("inf"), help="time.time() after which nothing is begun")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    settings, option = measure.settings, config.getoption
+    settings.smoke, settings.full = option("--smoke"), option("--full")
+    settings.compile |= option("--compile") or settings.full
+    settings.rows, settings.deadline = option("--rows"), option("--deadline")
 
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Module | None:
     # Files named on the command line are collected anyway, whatever they are called.
     wanted = file_path.match("bench_*.py") and not parent.session.isinitpath(file_path)
     return pytest.Module.from_parent(parent, path=file_path) if wanted else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    only = config.getoption("--on")
+    if only is not None:
+        other = {"cpu": "cuda", "cuda": "cpu"}[only]
+        items[:] = [item for item in items if device_of(item) != [other]]
+
+
+def device_of(item: pytest.Item) -> list[str]:
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    return [params["device"]] if "device" in params else []
+
+
+def remember(line: dict[str, Any]) -> None:
+    """Written at once: what was measured before a crash is not lost."""
+    if measure.settings.rows is not None:
+        with measure.settings.rows.open("a") as file:
+            file.write(json.dumps(line, default=str) + "\n")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if time.time() > measure.settings.deadline:
+        remember({"not_run": item.nodeid, "reason": "the time was up"})
+        pytest.skip("the time was up")
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.failed:
+        crash = getattr(report.longrepr, "reprcrash", None)
+        message = crash.message if crash else str(report.longrepr)
+        remember({"failure": report.nodeid, "message": " ".join(message.split())[:300]})
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    if report.failed:
+        remember({"failure": report.nodeid, "message": " ".join(str(report.longrepr).split())[-300:]})
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -39,84 +89,63 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
 
 
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{models[0] if models else platform.machine()}, {torch.get_num_threads()} threads"
+@pytest.fixture
+def record(request: pytest.FixtureRequest, device: torch.device) -> Callable[..., None]:
+    """Record the rows of a comparison, a dictionary by provider, under the benchmark's group and name.
 
+    The name is the function's with its parameters, or with ``case`` instead of them.
+    """
+    marker = request.node.get_closest_marker("benchmark")
+    group = marker.kwargs["group"] if marker else request.node.path.stem
+    function, _, which = request.node.name.partition("[")
+    which = "-".join(part for part in which.rstrip("]").split("-") if part != device.type)
 
-def _sample(call: Callable[[], Any], repeats: int, device: torch.device) -> float:
-    """Seconds a call."""
-    if device.type == "cuda":
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        for _ in range(repeats):
-            call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3 / repeats
-    begun = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    return (time.perf_counter() - begun) / repeats
+    def write(rows: dict[str, dict[str, Any]], case: str = which, **facts: Any) -> None:
+        name = " ".join(filter(None, (function.removeprefix("test_"), case)))
+        shape = facts.pop("shape", None)
+        dtype = str(facts.pop("dtype", "float32")).removeprefix("torch.")
+        shared = {"shape": None if shape is None else list(shape), "dtype": dtype}
+        baseline = next(iter(rows))
+        for provider, row in rows.items():
+            key = {"file": request.node.path.name, "group": group, "name": name, "provider": provider}
+            remember({"row": {**key, "baseline": baseline, **shared, **row, "facts": facts}})
 
-
-def interleave(calls: dict[str, Callable[[], Any]], device: torch.device) -> dict[str, list[float]]:
-    """Seconds a call of each provider, one sample each in every round."""
-    repeats, round_seconds = {}, 0.0
-    for name, call in calls.items():
-        first = _sample(call, 1, device)
-        for _ in range(WARM_UP if first < 0.1 else 0):
-            call()
-        estimate = max(_sample(call, 3 if first < 0.1 else 1, device), 1e-7)
-        repeats[name] = max(1, round(MIN_SECONDS / estimate))
-        round_seconds += estimate * repeats[name]
-    names, seconds = list(calls), {name: [] for name in calls}
-    for i in range(min(ROUNDS, max(MIN_ROUNDS, round(MAX_SECONDS / round_seconds)))):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
-            seconds[name].append(_sample(calls[name], repeats[name], device))
-    return seconds
+    return write
 
 
 @pytest.fixture
-def compare(benchmark: Any, device: torch.device) -> Callable[..., None]:
+def compare(benchmark: Any, device: torch.device, record: Callable[..., None]) -> Callable[..., None]:
     """Time providers against the first of them, after their results were checked, and record a row for each.
 
     ``compare(calls, moved, flop, **facts)``: the least number of bytes that the computation has to move, and of
-    floating-point operations that it has to do (0: they do not matter). The row that pytest-benchmark shows is the
-    last provider's; ``extra_info["providers"]`` has them all.
+    floating-point operations that it has to do (0: they do not matter). ``dtype`` among the facts says which products
+    the floor counts. The row that pytest-benchmark shows is the last provider's; ``extra_info["providers"]`` has all.
     """
 
-    def run(calls: dict[str, Callable[[], Any]], moved: int, flop: float = 0, **facts: Any) -> None:
-        seconds = interleave(calls, device)
-        baseline = seconds[next(iter(calls))]
-        rows = {}
-        for name, samples in seconds.items():
-            low, middle, high = statistics.quantiles(samples, n=4)
-            ratio = statistics.median(b / s for b, s in zip(baseline, samples, strict=True))
-            rows[name] = {
-                "median_s": middle,
-                "quartiles_s": [low, high],
-                "speedup": ratio,
-                "gb_s": moved / middle / 1e9,
-                "gflop_s": flop / middle / 1e9,
-            }
-            rates = f"{moved / middle / 1e9:7.1f} GB/s, {flop / middle / 1e9:8.1f} GFLOP/s"
-            print(f"\n{name:>14}: {middle * 1e6:9.1f} µs, {rates}, {ratio:5.2f}x", end="")
+    def run(calls: dict[str, Callable[[], Any]], moved: float, flop: float = 0, **facts: Any) -> None:
+        dtype = getattr(torch, str(facts.get("dtype", "float32")).removeprefix("torch."), torch.float32)
+        rows = measure.measure(calls, device, moved, flop, dtype)
+        for name, row in rows.items():
+            rates = f"{row['gb_s']:7.1f} GB/s, {row['gflop_s']:8.1f} GFLOP/s, {row['fraction']:4.0%} of the floor"
+            print(f"\n{name:>14}: {row['median_s'] * 1e6:9.1f} µs, {rates}, {row['speedup']:5.2f}x", end="")
+        record(rows, **facts)
         versions = {"varkern": varkern.__version__, "torch": torch.__version__, "python": platform.python_version()}
         benchmark.extra_info.update(
             facts,
-            device=device_name(device),
+            device=measure.device_name(device),
             bytes=moved,
             flop=flop,
             providers=rows,
             versions=versions,
-            rounds=len(baseline),
+            rounds=rows[name]["rounds"],
         )
-        slow = rows[name]["median_s"] > 0.1
-        benchmark.pedantic(calls[name], rounds=3 if slow else 10, iterations=1 if slow else 5, warmup_rounds=1)
+        if benchmark.disabled:  # by `varkern bench` and xdist: the rows have all
+            benchmark.pedantic(int)
+            return
+        seconds = rows[name]["median_s"]
+        rounds, iterations = (10, 5) if seconds < 0.1 else (1 if seconds > 1 else 3, 1)
+        if measure.settings.smoke:
+            rounds, iterations = 1, 1
+        benchmark.pedantic(calls[name], rounds=rounds, iterations=iterations)
 
     return run

@@ -17,7 +17,7 @@ from tiny_model import save_tiny
 import varkern
 from varkern import cli, images
 
-COMMANDS = ("sample", "reconstruct", "edit", "train-tokenizer", "train", "evaluate", "info")
+COMMANDS = ("sample", "reconstruct", "edit", "train-tokenizer", "train", "evaluate", "bench", "info")
 
 
 @pytest.fixture(scope="module")

@@ -98,13 +98,18 @@ def test_guidance_before_the_head_is_guidance_of_the_logits(var) -> None:
     assert torch.equal(cached.guided(hidden, 0.0), hidden[:2])
 
 
-def test_a_cache_takes_its_memory_once() -> None:
-    cache = KVCache(14)
+def test_a_cache_takes_its_memory_once_and_the_last_step_its_own() -> None:
+    cache = KVCache(30, 16)
     first, at = cache.append(torch.zeros(2, 5, 3, 4, 8))
     assert (at, tuple(first.shape), first.dtype) == (0, (2, 2, 4, 14, 8), torch.float32)
     second, at = cache.append(torch.zeros(2, 9, 3, 4, 8))
     assert second is first
     assert at == 5
+    first.normal_()
+    last, at = cache.append(torch.zeros(2, 16, 3, 4, 8))
+    assert (at, tuple(last.shape)) == (14, (2, 2, 4, 30, 8))
+    assert torch.equal(last[:, :, :, :14], first)
+    assert cache.tensor is None
 
 
 class TestSeedsOfImages:

@@ -1,4 +1,4 @@
-"""``varkern <command>``: generate, reconstruct, edit, train, evaluate, and say what runs where.
+"""``varkern <command>``: generate, reconstruct, edit, train, evaluate, measure, and say what runs where.
 
 Every command works offline with the bundled digits model, and with any checkpoint `varkern.load` takes. Errors print
 as one line on stderr with exit status 2 (``VARKERN_DEBUG=1`` shows the traceback); an interrupt exits with 130.
@@ -50,6 +50,11 @@ EXAMPLES = {
   varkern evaluate                                 the bundled model on the held-out digits
   varkern evaluate --generate --cfg 2 --out result.json
   varkern evaluate --model runs/var --data imagenet/val --held-out 0 --part train""",
+    "bench": """
+  varkern bench                                    everything, within ten minutes, into benchmarks/results/
+  varkern bench --only attention,norm              some of it; other rows of the recorded run stay
+  varkern bench --smoke                            does every benchmark run? nothing is recorded
+  varkern bench --markdown README.md docs/performance.md   and renew the tables there""",
     "info": """
   varkern info
   varkern info --json""",
@@ -174,6 +179,42 @@ def _reader(kind: Any) -> Callable[[str], Any]:
     return kind
 
 
+def _bench_options(parser: Parser) -> None:
+    parser.add_argument(
+        "--only",
+        type=lambda text: [part.strip() for part in text.split(",")],
+        default=[],
+        metavar="NAMES",
+        help="of the files benchmarks/bench_NAME.py, with commas (default: all)",
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda where there is one, else cpu)")
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes, every call checked and made once")
+    parser.add_argument("--full", action="store_true", help="more shapes, more rounds, torch.compile, no time limit")
+    parser.add_argument("--compile", action="store_true", help="torch.compile of the reference as a provider")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        metavar="M",
+        help="what has not run by then is left out (default: 10; --full: no limit)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="the record, replaced, but for rows of benchmarks that did not run (default: "
+        "benchmarks/results/<device>.json; --smoke: none)",
+    )
+    parser.add_argument("--against", type=Path, metavar="FILE", help="the run to compare with (default: that of --out)")
+    parser.add_argument(
+        "--markdown",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="renew the tables between the comments 'benchmarks: begin' and 'end', or 'benchmarks-summary: ...'",
+    )
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line; ``options.run(options)`` runs the command that was chosen."""
     parser = Parser(
@@ -182,7 +223,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"varkern {__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> Parser:
+    def command(name: str, run: Callable[[argparse.Namespace], int | None], text: str) -> Parser:
         sub = subparsers.add_parser(name, help=text, description=text, epilog="examples:" + EXAMPLES[name])
         sub.set_defaults(run=run)
         return sub
@@ -228,6 +269,8 @@ def build_parser() -> argparse.ArgumentParser:
         "evaluate", commands.evaluate, "reconstruction, codebook usage, token loss, quality of generated digits"
     )
     _config_options(sub, EvaluateConfig, optional=("model", "data"))
+    sub = command("bench", commands.bench, "measure speed and memory, and compare with the recorded run (a checkout)")
+    _bench_options(sub)
     sub = command("info", commands.info, "versions, devices, and which backend runs each op where and why")
     sub.add_argument("--json", action="store_true", help="print JSON")
     return parser
@@ -237,7 +280,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line, ``sys.argv`` by default; returns the exit status."""
     try:
         options = build_parser().parse_args(argv)
-        options.run(options)
+        status: int = options.run(options) or 0
         sys.stdout.flush()
     except KeyboardInterrupt:
         print("varkern: interrupted", file=sys.stderr)
@@ -250,4 +293,4 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"varkern: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         return 2
-    return 0
+    return status

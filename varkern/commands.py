@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
+import importlib.util
 import json
 import math
 import os
 import re
 import secrets
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,7 +26,7 @@ from varkern.models import VAR, VQVAE, load
 from varkern.models.checkpoint import load_checkpoint, read_state, vqvae_config
 from varkern.models.schedule import PATCH_NUMS_256
 
-__all__ = ["edit_image", "evaluate", "info", "reconstruct", "sample", "train", "train_tokenizer"]
+__all__ = ["bench", "edit_image", "evaluate", "info", "reconstruct", "sample", "train", "train_tokenizer"]
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -247,6 +250,24 @@ def evaluate(options: argparse.Namespace) -> None:
     elif "data" not in options:
         raise ValueError("name the images to measure on (--data FOLDER)")
     print(json.dumps(measures.evaluate(_config(measures.EvaluateConfig, options, **defaults)), indent=2))
+
+
+def bench(options: argparse.Namespace) -> int:
+    folder = Path(__file__).resolve().parents[1] / "benchmarks"
+    if not (folder / "suite.py").is_file():
+        raise ValueError(
+            "there are no benchmarks beside this installation; they come with a checkout: run `pip install -e .` in one"
+        )
+    for module in ("pytest", "pytest_benchmark"):
+        if importlib.util.find_spec(module) is None:
+            raise ValueError(f"the benchmarks need {module}: install it by `pip install -e '.[test]'`")
+    sys.path.insert(0, str(folder))
+    try:
+        suite = importlib.import_module("suite")
+    finally:
+        sys.path.remove(str(folder))
+    status: int = suite.run(options)
+    return status
 
 
 def info(options: argparse.Namespace) -> None:

@@ -37,7 +37,7 @@ class CachedTransformer:
         cond_BD_or_gss = var.shared_ada_lin(cond_BD)
         self.modulations = [block.modulation(cond_BD_or_gss) for block in self.blocks]
         self.head_modulation = var.head_nm.modulation(cond_BD)
-        self.caches = [KVCache(var.L) for _ in self.blocks]
+        self.caches = [KVCache(var.L, var.scale_lengths[-1]) for _ in self.blocks]
 
     def __call__(self, x: Tensor) -> Tensor:
         """Embeddings (B, n, C) of the next scale -> normalised hidden states (B, n, C) float32, the head's input.

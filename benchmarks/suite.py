@@ -1,0 +1,201 @@
+"""`varkern bench`: every benchmark file in a process of its own, then the record, the table, and what changed.
+
+A file that crashes takes nothing with it: rows are written as they are measured, the failure is listed, the next file
+runs. What the time does not suffice for is listed too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import json
+import os
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import bars
+import measure
+import record
+import torch
+
+import varkern
+
+BENCHMARKS = Path(__file__).resolve().parent
+ROOT = BENCHMARKS.parent
+# What the bars ask for comes first, what takes longest and can be missed last.
+FIRST = ("generate", "memory", "attention", "quantize", "sampling", "training", "norm")
+LAST = ("scaling",)
+# Nothing is begun in the last part of the time: what runs has to end within it.
+RESERVE = 0.1
+
+
+def files(only: list[str]) -> list[Path]:
+    """The benchmark files in the order in which they run; raises ValueError for a name that is none."""
+    found = {path.stem.removeprefix("bench_"): path for path in sorted(BENCHMARKS.glob("bench_*.py"))}
+    for name in only:
+        if name not in found:
+            raise ValueError(f"there is no benchmark {name!r}; name one of {', '.join(found)}")
+    middle = [name for name in found if name not in FIRST + LAST]
+    order = [name for name in (*FIRST, *middle, *LAST) if name in found]
+    return [found[name] for name in order if not only or name in only]
+
+
+def commit() -> str:
+    """The commit that is checked out, with "-changed" where tracked files differ from it."""
+    git = ["git", "-C", str(ROOT)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        # Of the sources alone: the results that a run writes are no other program.
+        paths = ["varkern", "kernels", "csrc", "benchmarks/*.py"]
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *paths]).returncode
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head + ("-changed" if changed else "")
+
+
+def versions() -> dict[str, str]:
+    found = {"varkern": varkern.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    with contextlib.suppress(ImportError):
+        import triton
+
+        found["triton"] = triton.__version__
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def run_files(paths: list[Path], arguments: list[str], end: float) -> list[dict[str, Any]]:
+    """One pytest process over these files: the lines that it wrote, and one more where it died."""
+    names = ", ".join(path.name for path in paths)
+    environment = dict(os.environ)
+    if "--smoke" in arguments:  # runs beside other tests, where threads mostly wait for each other
+        environment["OMP_NUM_THREADS"] = "1"
+    else:
+        environment.setdefault("OMP_PROC_BIND", "true")
+    with tempfile.TemporaryDirectory() as folder:
+        rows = Path(folder) / "rows.jsonl"
+        rows.touch()
+        # From this folder, "python -m" puts it on the import path, and not the root with its folder kernels.
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-s",
+            "--no-header",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "no:xdist",
+        ]
+        command += ["--benchmark-disable", "-W", "ignore", f"--rows={rows}", *arguments, *map(str, paths)]
+        child = subprocess.Popen(command, cwd=BENCHMARKS, env=environment, start_new_session=True)
+        try:
+            status = child.wait(None if end == float("inf") else max(1.0, end - time.time()))
+            end_of_it = {} if status in (0, 1, 5) else {"failure": names, "message": f"ended with status {status}"}
+        except subprocess.TimeoutExpired:
+            end_of_it = {"not_run": names, "reason": "stopped in the middle, the time was up"}
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+        lines = [json.loads(line) for line in rows.read_text().splitlines()]
+    return [*lines, end_of_it] if end_of_it else lines
+
+
+def collect(options: argparse.Namespace, device_type: str) -> dict[str, Any]:
+    """Run what the options ask for."""
+    minutes = options.minutes if options.minutes is not None else (None if options.full else 10.0)
+    begun = time.time()
+    end = float("inf") if minutes is None else begun + 60 * minutes
+    arguments = [f"--{name}" for name in ("smoke", "full", "compile") if getattr(options, name)]
+    arguments += [f"--on={device_type}"]
+    if minutes is not None:
+        arguments += [f"--deadline={begun + (1 - RESERVE) * 60 * minutes}"]
+    paths = files(options.only)
+    lines = []
+    for part in [paths] if options.smoke else [[path] for path in paths]:
+        if time.time() > end:
+            lines += [{"not_run": path.name, "reason": "the time was up"} for path in part]
+            continue
+        print(f"== {', '.join(path.stem.removeprefix('bench_') for path in part)}", flush=True)
+        lines += run_files(part, arguments, end)
+    return result_of(lines, device_type, shlex.join(["varkern", "bench", *command_line(options)]))
+
+
+def result_of(lines: list[dict[str, Any]], device_type: str, command: str) -> dict[str, Any]:
+    """The lines that benchmarks wrote as a result of this commit on this machine."""
+    head = commit()
+    rows, failures = [], [f"{line['failure']}: {line['message']}" for line in lines if "failure" in line]
+    for row in (line["row"] for line in lines if "row" in line):
+        whole = {**record.UNTIMED, **row, "commit": head[:9]}
+        try:
+            record.check_row(whole)
+            rows.append(whole)
+        except ValueError as error:  # one benchmark that records nonsense does not cost the others' rows
+            failures.append(f"{row.get('file')}, {row.get('name')}: {error}")
+    return {
+        "schema": record.SCHEMA,
+        "device": measure.device_name(torch.device(device_type)),
+        "device_type": device_type,
+        "versions": versions(),
+        "commit": head,
+        "command": command,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "rows": rows,
+        "failures": failures,
+        "not_run": [f"{line['not_run']}: {line['reason']}" for line in lines if "not_run" in line],
+    }
+
+
+def command_line(options: argparse.Namespace) -> list[str]:
+    """The options that change what is measured, as they are typed."""
+    words = [f"--{name}" for name in ("smoke", "full", "compile") if getattr(options, name)]
+    words += ["--device", options.device] if options.device else []
+    words += ["--only", ",".join(options.only)] if options.only else []
+    words += ["--minutes", f"{options.minutes:g}"] if options.minutes is not None else []
+    return words
+
+
+def run(options: argparse.Namespace) -> int:
+    """The command; its exit status: 1 where a benchmark failed."""
+    device_type = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device_type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no CUDA device here; leave it out")
+    name = measure.file_name(measure.device_name(torch.device(device_type)))
+    out = options.out or (None if options.smoke else record.RESULTS / f"{name}.json")
+    # Both are read first: a file that cannot be read is better known before ten minutes of measuring.
+    recorded = None if out is None else record.read(out)
+    against = recorded if options.against is None else record.read(options.against)
+    if options.against is not None and against is None:
+        raise ValueError(f"--against {options.against}: there is no such file")
+    files(options.only)
+    result = collect(options, device_type)
+    report = [record.table(result)]
+    losses = record.not_faster(result)
+    if losses:
+        report += ["\nnot faster than the baseline", *(f"  {line}" for line in losses)]
+    if against is not None:
+        report += [f"\nslower than the recorded run of {against['date'][:10]} ({against['commit'][:9]})"]
+        report += [f"  {line}" for line in record.slower(against, result)] or ["  nothing"]
+    kept = record.merged(recorded, result, [path.name for path in files(options.only)])
+    if out is not None:
+        record.write(out, kept)
+        report += [f"\nwritten to {out}"]
+    for page in options.markdown:
+        record.fill(page, kept)
+        report += [f"table in {page}"]
+    report += ["", bars.table(kept)]
+    for title, lines in (("not run", result["not_run"]), ("failed", result["failures"])):
+        if lines:
+            report += [f"\n{title}", *(f"  {line}" for line in lines)]
+    print("\n".join(("", *report)), flush=True)
+    return 1 if result["failures"] else 0
