@@ -1,6 +1,6 @@
 """`VQVAE`: VAR's image tokenizer, a convolutional autoencoder around the multi-scale residual quantizer."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import cast
 
 import torch
@@ -26,7 +26,8 @@ def _fused(x: Tensor, layer: nn.Module) -> bool:
 
 def _cast(x: Tensor, *parameters: Tensor) -> list[Tensor]:
     """All in the type that autocast has for convolutions, where it is on."""
-    if torch.is_autocast_enabled(x.device.type):
+    # Autocast knows no meta tensors.
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         return [x.to(dtype), *(parameter.to(dtype) for parameter in parameters)]
     return [x, *parameters]
@@ -135,13 +136,15 @@ class _Level(nn.Module):
         if resample is not None:
             self.add_module(name, resample)
 
-    def forward(self, h: Tensor) -> Tensor:
+    def layers(self) -> Iterator[nn.Module]:
+        """In order. Who calls them one after another holds no map but the last; a `forward` here would hold its own."""
         for i, block in enumerate(self.block):
-            h = block(h)
+            yield block
             if len(self.attn):
-                h = self.attn[i](h)
+                yield self.attn[i]
         resample = getattr(self, self._resample, None)
-        return h if resample is None else resample(h)
+        if resample is not None:
+            yield resample
 
 
 def _mid(channels: int, dropout: float) -> nn.Sequential:
@@ -175,8 +178,9 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv_in(_layout(x, self))
-        for level in self.down:
-            h = level(h)
+        for level in cast("Iterable[_Level]", self.down):
+            for layer in level.layers():
+                h = layer(h)
         return _norm_silu_conv(self.mid(h), self.norm_out, self.conv_out).contiguous()
 
 
@@ -205,8 +209,9 @@ class Decoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         h = self.mid(self.conv_in(_layout(z, self)))
-        for level in reversed(self.up):
-            h = level(h)
+        for level in cast("Iterable[_Level]", reversed(self.up)):
+            for layer in level.layers():
+                h = layer(h)
         return _norm_silu_conv(h, self.norm_out, self.conv_out).contiguous()
 
 
