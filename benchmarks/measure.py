@@ -48,7 +48,7 @@ class Settings:
     @property
     def seconds(self) -> float:
         """Of one comparison."""
-        return 15.0 if self.full else 3.0
+        return 15.0 if self.full else 2.0
 
 
 settings = Settings()

@@ -82,7 +82,7 @@ class TestNothingWaits:
         with torch.no_grad(), Waits() as waits:
             generate_module._computed(Options(top_k=900, top_p=0.96), var, labels, noise)
         print(f"ops that launch something: {waits.launches}")
-        assert 1000 < waits.launches <= 1620
+        assert 1000 < waits.launches <= 1668
 
     def test_nor_for_a_label(self) -> None:
         var = SimpleNamespace(num_classes=10, lvl_1L=torch.zeros(1, device="meta"))

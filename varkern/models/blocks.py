@@ -65,6 +65,14 @@ class KVCache:
     def __init__(self, length: int, last: int) -> None:
         self.kept, self.position = length - last, 0
         self.tensor: Tensor | None = None  # (2, B, H, kept, D)
+        self._wide: tuple[Tensor | None, ...] | None = None
+
+    def wide(self, prologue: tuple[Tensor | None, ...], dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+        """Biases and temperatures in the type that attention on dtype computes in, converted once, not at each step."""
+        if self._wide is None:
+            real = torch.float64 if dtype == torch.float64 else torch.float32
+            self._wide = tuple(None if tensor is None else tensor.detach().to(real) for tensor in prologue)
+        return self._wide
 
     def append(self, qkv: Tensor) -> tuple[Tensor, int]:
         """The tensor and the position at which the n new tokens of qkv (B, n, 3, H, D) go; moves on past them."""
@@ -118,7 +126,8 @@ class SelfAttention(nn.Module):
             out = self._block_causal(x, attn_bias)
         elif isinstance(attn_bias, KVCache):
             qkv = F.linear(x, self.mat_qkv.weight).view(B, n, 3, self.num_heads, self.head_dim)
-            out = cached_attention(qkv, *attn_bias.append(qkv), *self._prologue, self.scale)
+            q_bias, v_bias, log_scale = attn_bias.wide(self._prologue, qkv.dtype)
+            out = cached_attention(qkv, *attn_bias.append(qkv), q_bias, v_bias, log_scale, self.scale)
         else:
             q, k, v = self._split(x)
             if self.caching:

@@ -184,6 +184,9 @@ def _conv3x3(
     if chosen == "reference" or few or not B:
         if norm_weight is not None and norm_bias is not None:
             x = group_norm_silu(x, norm_weight, norm_bias, groups, eps)
+        if few and x.device.type == "cpu":
+            # A map of few tiles is less to rearrange than its weights, which PyTorch would bring to x's format.
+            x = x.contiguous()
         return _plain(x, weight, bias, residual, upsample).contiguous(memory_format=torch.channels_last)
     x = x.contiguous(memory_format=torch.channels_last)
     affine = None
