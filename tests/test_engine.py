@@ -195,7 +195,7 @@ class TestParts:
         assert varkern.generate(var, 1, 0, 0).images.isfinite().all()
 
     def test_bad_size(self, var) -> None:
-        with pytest.raises(ValueError, match=r"max_batch must be a positive integer .*, got 0"):
+        with pytest.raises(ValueError, match="max_batch must be a positive integer, got 0"):
             varkern.generate(var, 2, 0, 0, max_batch=0)
 
 
