@@ -48,7 +48,7 @@ def speedups(result: Result) -> Any:
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xscale("log")
     axes.set_ylim(-0.6, len(rows) - 0.4)
-    axes.set_xlabel("times as fast as the baseline in the same rounds (logarithmic)")
+    axes.set_xlabel("times as fast as the baseline")
     axes.set_title(f"varkern on {result['device']}", fontsize=10)
     return figure
 
@@ -110,23 +110,24 @@ def roofline(result: Result) -> Any:
     low, high = min(intensity.values()) / 2, max(intensity.values()) * 2
     x = sorted({low, min(max(product / bandwidth, low), high), high})
     axes.plot(x, [min(product, bandwidth * value) for value in x], color="black", linewidth=1)
-    for provider, color in ((None, BASELINE), ("varkern", OURS)):
-        chosen = [r for r in rows if (r["provider"] == "varkern") == (provider == "varkern")]
+    others = [r for r in rows if r["provider"] != "varkern"]
+    axes.scatter(
+        [intensity[id(r)] for r in others], [r["gflop_s"] for r in others], s=8, color=BASELINE, label="others"
+    )
+    groups = sorted({re.split("[:,]", r["group"])[0] for r in rows})
+    for i, group in enumerate(groups):  # varkern's: a color and a marker for each group
+        ours = [r for r in rows if r["provider"] == "varkern" and re.split("[:,]", r["group"])[0] == group]
         axes.scatter(
-            [intensity[id(r)] for r in chosen],
-            [r["gflop_s"] for r in chosen],
-            s=14,
-            color=color,
-            label=provider or "others",
+            [intensity[id(r)] for r in ours],
+            [r["gflop_s"] for r in ours],
+            s=24,
+            color=f"C{i % 10}",
+            marker="osD^v<>Pp*"[i // 10 * 5 % 10 + i % 5],
+            label=group,
         )
-    seen: set[str] = set()
-    for row in rows:  # the name of a group once, at its first point
-        if row["provider"] == "varkern" and row["group"] not in seen:
-            seen.add(row["group"])
-            axes.annotate(re.split("[:,]", row["group"])[0], (intensity[id(row)], row["gflop_s"]), fontsize=6)
     axes.set(xscale="log", yscale="log", xlabel="operations a byte, each byte once", ylabel="GFLOP/s")
     axes.set_title(f"{result['device']}: a copy {bandwidth:.0f} GB/s, a product {product:.0f} GFLOP/s", fontsize=10)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=6)
     return figure
 
 
