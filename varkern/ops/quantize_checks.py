@@ -104,8 +104,11 @@ def check_indices(
 
 
 def check_range(op: str, indices: Tensor, V: int) -> None:
-    """Raises ``IndexError`` for indices that are in no codebook; on the CPU alone: elsewhere looking would wait."""
-    if indices.numel() and indices.device.type == "cpu":
+    """Raises ``IndexError`` for indices that are in no codebook; on the CPU alone: elsewhere looking would wait.
+
+    Nor within a graph that is being compiled, which values would break.
+    """
+    if indices.numel() and indices.device.type == "cpu" and not torch.compiler.is_compiling():
         low, high = (int(bound) for bound in torch.aminmax(indices))
         if low < 0 or high >= V:
             raise IndexError(f"{op}: indices from {low} to {high}, give 0 to {V - 1} for a codebook of {V} codes.")
