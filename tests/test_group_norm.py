@@ -7,6 +7,7 @@ import platform
 import re
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -344,10 +345,20 @@ def test_a_backend_that_cannot_serve_says_why() -> None:
 
 def test_the_tokenizer_normalises_by_the_op_unless_it_trains(monkeypatch: pytest.MonkeyPatch) -> None:
     vae = vqvae.VQVAE(32, 8, 32, v_patch_nums=(1, 2), ch_mult=(1, 2), num_res_blocks=1)
-    calls: list[bool] = []
-    monkeypatch.setattr(
-        vqvae, "group_norm_silu", lambda *args: (calls.append(args[-1] is not False), group_norm_silu(*args))[1]
-    )
+    calls: list[bool] = []  # whether SiLU follows: where it does, the convolution normalises
+    convolve, normalise = vqvae.conv3x3, vqvae.group_norm_silu
+
+    def conv3x3(*args: Any, **options: Any) -> Tensor:
+        if any(isinstance(arg, vqvae.Norm) for arg in args):
+            calls.append(True)
+        return convolve(*args, **options)
+
+    def group_norm(*args: Any, **options: Any) -> Tensor:
+        calls.append(options["silu"])
+        return normalise(*args, **options)
+
+    monkeypatch.setattr(vqvae, "conv3x3", conv3x3)
+    monkeypatch.setattr(vqvae, "group_norm_silu", group_norm)
     f_hat = torch.randn(1, 8, 2, 2)
     blocks = list(vae.decoder.modules())
     activated = 1 + 2 * sum(isinstance(m, vqvae.ResnetBlock) for m in blocks)
