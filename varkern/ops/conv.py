@@ -84,8 +84,8 @@ def conv3x3(
 
     Returns:
         (B, Cout, H, W), or (B, Cout, 2H, 2W), channels last; the same bits with any number of threads. The Winograd
-        kernel's error is about 1.5 times a direct float32 convolution's, more where channels are few and both are
-        small.
+        kernel's root mean square error is 1.5 to 2 times a direct float32 convolution's over 160 channels, its
+        largest 2 to 3 times; more where channels are few and both are small.
 
     For inference: raises ``RuntimeError`` where a gradient would be recorded or the backend asked for cannot serve,
     ``ValueError`` for shapes, dtypes or devices that do not fit.
