@@ -1,14 +1,15 @@
 """`VQVAE`: VAR's image tokenizer, a convolutional autoencoder around the multi-scale residual quantizer."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from varkern.models.quantizer import VectorQuantizer2, check_map, check_maps
-from varkern.models.schedule import PATCH_NUMS_256, as_sizes, patch_nums_of_lengths
+from varkern.models.plain import compute_dtype, fusable, is_plain, is_plain_conv
+from varkern.models.quantizer import VectorQuantizer2, check_map, check_maps, device_of
+from varkern.models.schedule import PATCH_NUMS_256, as_sizes
 from varkern.ops import reference_forced
 from varkern.ops._library import check_floats, needs_gradient
 from varkern.ops.conv import Norm, conv3x3
@@ -19,9 +20,37 @@ def _norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(num_groups=32, num_channels=channels, eps=1e-6)
 
 
-def _fused(x: Tensor, layer: nn.Module) -> bool:
-    """Whether the ops, which have no gradient, compute the layer; else PyTorch's, as published."""
-    return not reference_forced() and not needs_gradient(x, *layer.parameters())
+def _recorded(*tensors: Tensor) -> bool:
+    """Whether PyTorch must compute, as published: the ops have no gradient."""
+    return reference_forced() or needs_gradient(*tensors)
+
+
+def _op_norm(norm: nn.Module, x: Tensor) -> Norm | None:
+    """What the ops need of a group norm; None where it must be called instead."""
+    if not (isinstance(norm, nn.GroupNorm) and is_plain(norm)) or norm.weight is None or norm.bias is None:
+        return None
+    return None if _recorded(x, norm.weight, norm.bias) else Norm(norm.weight, norm.bias, norm.num_groups, norm.eps)
+
+
+def _op_conv(conv: nn.Module, kernel: int, x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Weight and bias of a convolution for the ops; None where it must be called instead."""
+    if not (isinstance(conv, nn.Conv2d) and is_plain_conv(conv, kernel)) or conv.bias is None:
+        return None
+    return None if _recorded(x, conv.weight, conv.bias) else (conv.weight, conv.bias)
+
+
+def _as_published(x: Tensor) -> Tensor:
+    """The map in the memory format that other people's modules know, which the ops change to channels last."""
+    return x if _recorded(x) else x.contiguous()
+
+
+def _call(module: nn.Module, x: Tensor) -> Tensor:
+    return module(x if is_plain(module) else _as_published(x))
+
+
+def _result(module: nn.Module, out: Tensor) -> Tensor:
+    """What a layer of ours returns: a hook may see it."""
+    return out if is_plain(module) else _as_published(out)
 
 
 def _cast(x: Tensor, *parameters: Tensor) -> list[Tensor]:
@@ -33,28 +62,51 @@ def _cast(x: Tensor, *parameters: Tensor) -> list[Tensor]:
     return [x, *parameters]
 
 
-def _norm_silu_conv(x: Tensor, norm: nn.GroupNorm, conv: nn.Conv2d, residual: Tensor | None = None) -> Tensor:
-    """conv(silu(norm(x))) + residual, for a 3x3 convolution."""
-    if not (_fused(x, norm) and _fused(x, conv)):
-        h = conv(F.silu(norm(x), inplace=True))
-        return h if residual is None else residual + h
-    assert conv.bias is not None
-    x, weight, bias = _cast(x, conv.weight, conv.bias)
-    if residual is not None:
-        residual = residual.to(x.dtype)
-    return conv3x3(x, weight, bias, Norm(norm.weight, norm.bias, norm.num_groups, norm.eps), residual)
+def _norm_silu_conv(
+    x: Tensor,
+    norm: nn.Module,
+    conv: nn.Module,
+    dropout: nn.Module | None = None,
+    shortcut: Callable[[], Tensor] | None = None,
+) -> Tensor:
+    """shortcut() + conv(dropout(silu(norm(x)))), for a 3x3 convolution: in one op, or what of it must be called."""
+    keeps = dropout is None or (is_plain(dropout) and not (isinstance(dropout, nn.Dropout) and dropout.training))
+    taken, weights = _op_norm(norm, x), _op_conv(conv, 3, x)
+    if taken is not None and weights is not None and keeps:
+        return _conv3x3(x, *weights, taken, shortcut)
+    if taken is not None:
+        h = group_norm_silu(x, *taken, silu=True)
+    else:
+        # A norm that somebody else sees keeps its output, or its input where it is the identity.
+        h = F.silu(_call(norm, x), inplace=is_plain(norm) and isinstance(norm, nn.GroupNorm))
+    if dropout is not None and not keeps:
+        h = _call(dropout, h)
+    if weights is not None and not _recorded(h):
+        return _conv3x3(h, *weights, None, shortcut)
+    h = _call(conv, h)
+    return h if shortcut is None else shortcut() + h
 
 
-def _layout(x: Tensor, module: nn.Module) -> Tensor:
-    """Channels last where the ops run, which read it so; every layer then keeps it."""
-    return x.contiguous(memory_format=torch.channels_last) if _fused(x, module) else x
+def _conv3x3(
+    x: Tensor, weight: Tensor, bias: Tensor, norm: Norm | None, shortcut: Callable[[], Tensor] | None
+) -> Tensor:
+    x, weight, bias = _cast(x, weight, bias)
+    if shortcut is None:
+        return conv3x3(x, weight, bias, norm)
+    residual = shortcut()
+    shape = (x.shape[0], weight.shape[0], *x.shape[2:])
+    if residual.shape != shape or residual.dtype != x.dtype or _recorded(residual):
+        return residual + conv3x3(x, weight, bias, norm)
+    return conv3x3(x, weight, bias, norm, residual)
 
 
+@fusable
 class ResnetBlock(nn.Module):
     """GroupNorm, SiLU, 3x3 convolution, twice, around a skip connection."""
 
     def __init__(self, in_channels: int, out_channels: int, dropout: float) -> None:
         super().__init__()
+        self.in_channels, self.out_channels = in_channels, out_channels
         self.norm1 = _norm(in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = _norm(out_channels)
@@ -68,11 +120,11 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = _norm_silu_conv(x, self.norm1, self.conv1)
-        if self.training and isinstance(self.dropout, nn.Dropout):
-            return self.nin_shortcut(x) + self.conv2(self.dropout(F.silu(self.norm2(h), inplace=True)))
-        return _norm_silu_conv(h, self.norm2, self.conv2, self.nin_shortcut(x))
+        out = _norm_silu_conv(h, self.norm2, self.conv2, self.dropout, lambda: _call(self.nin_shortcut, x))
+        return _result(self, out)
 
 
+@fusable
 class AttnBlock(nn.Module):
     """Single-head self-attention over the positions of a map."""
 
@@ -85,66 +137,83 @@ class AttnBlock(nn.Module):
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        norm, qkv, proj_out = _op_norm(self.norm, x), _op_conv(self.qkv, 1, x), _op_conv(self.proj_out, 1, x)
+        if norm is not None and qkv is not None and proj_out is not None:
+            return _result(self, x + self._on_rows(x, norm, qkv, proj_out))
         B, C, H, W = x.shape
-        if _fused(x, self):
-            return x + self._fused(x)
-        q, k, v = self.qkv(self.norm(x)).reshape(B, 3, C, H * W).unbind(1)
+        q, k, v = _call(self.qkv, _call(self.norm, x)).reshape(B, 3, C, H * W).unbind(1)
         weights = torch.bmm(q.transpose(1, 2), k).mul_(self.w_ratio).softmax(dim=2)  # (B, query, key)
         h = torch.bmm(v, weights.transpose(1, 2)).view(B, C, H, W)
-        return x + self.proj_out(h)
+        return _result(self, x + _call(self.proj_out, h))
 
-    def _fused(self, x: Tensor) -> Tensor:
+    def _on_rows(self, x: Tensor, norm: Norm, qkv: tuple[Tensor, Tensor], proj_out: tuple[Tensor, Tensor]) -> Tensor:
         """The same before the residual, on rows of channels: channels last, they need no transposition."""
         B, C, H, W = x.shape
-        h = group_norm_silu(x, self.norm.weight, self.norm.bias, self.norm.num_groups, self.norm.eps, silu=False)
-        qkv = F.linear(h.flatten(2).transpose(1, 2), self.qkv.weight.flatten(1), self.qkv.bias)
-        q, k, v = qkv.view(B, 1, H * W, 3, C).unbind(3)
+        h = group_norm_silu(x, *norm, silu=False).flatten(2).transpose(1, 2)
+        q, k, v = F.linear(h, qkv[0].flatten(1), qkv[1]).view(B, 1, H * W, 3, C).unbind(3)
         h = F.scaled_dot_product_attention(q, k, v, scale=self.w_ratio).squeeze(1)
-        return F.linear(h, self.proj_out.weight.flatten(1), self.proj_out.bias).transpose(1, 2).view(B, C, H, W)
+        return F.linear(h, proj_out[0].flatten(1), proj_out[1]).transpose(1, 2).view(B, C, H, W)
 
 
+@fusable
 class Downsample2x(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+        return _result(self, _call(self.conv, F.pad(x, (0, 1, 0, 1))))
 
 
+@fusable
 class Upsample2x(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not _fused(x, self):
-            return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
-        assert self.conv.bias is not None
-        x, weight, bias = _cast(x, self.conv.weight, self.conv.bias)
-        return conv3x3(x, weight, bias, upsample=True)
+        weights = _op_conv(self.conv, 3, x)
+        if weights is None:
+            return _result(self, _call(self.conv, F.interpolate(x, scale_factor=2, mode="nearest")))
+        x, weight, bias = _cast(x, *weights)
+        return _result(self, conv3x3(x, weight, bias, upsample=True))
 
 
 class _Level(nn.Module):
-    """Residual blocks, each followed by attention where ``attention``, and a resampling under its official name."""
+    """Residual blocks, each followed by attention where there is some, and a resampling under its official name."""
 
     def __init__(self, blocks: list[nn.Module], attns: list[nn.Module], name: str, resample: nn.Module | None) -> None:
         super().__init__()
         self.block = nn.ModuleList(blocks)
         self.attn = nn.ModuleList(attns)
-        self._resample = name
         if resample is not None:
             self.add_module(name, resample)
 
-    def layers(self) -> Iterator[nn.Module]:
-        """In order. Who calls them one after another holds no map but the last; a `forward` here would hold its own."""
-        for i, block in enumerate(self.block):
+
+def _layers(levels: Iterable[nn.Module], resample: str) -> Iterator[nn.Module]:
+    """Of levels, in order. Who calls them one after another holds no map but the last."""
+    for level in cast("Iterable[_Level]", levels):
+        for i, block in enumerate(level.block):
             yield block
-            if len(self.attn):
-                yield self.attn[i]
-        resample = getattr(self, self._resample, None)
-        if resample is not None:
-            yield resample
+            if len(level.attn):
+                yield level.attn[i]
+        if hasattr(level, resample):
+            yield getattr(level, resample)
+
+
+def _through(layers: Iterable[nn.Module], h: Tensor) -> Tensor:
+    for layer in layers:
+        h = _call(layer, h)
+    return h
+
+
+def _conv_in(conv: nn.Module, x: Tensor) -> Tensor:
+    """Channels last where the ops run, which read it so; every layer then keeps it."""
+    return _call(conv, x) if _op_conv(conv, 3, x) is None else conv(x.contiguous(memory_format=torch.channels_last))
+
+
+def _call_mid(mid: nn.Module, h: Tensor) -> Tensor:
+    return _through(mid, h) if isinstance(mid, nn.Sequential) and is_plain(mid) else _call(mid, h)
 
 
 def _mid(channels: int, dropout: float) -> nn.Sequential:
@@ -162,6 +231,9 @@ class Encoder(nn.Module):
         self, ch: int, ch_mult: Sequence[int], num_res_blocks: int, dropout: float, in_channels: int, z_channels: int
     ) -> None:
         super().__init__()
+        self.ch, self.num_res_blocks, self.in_channels = ch, num_res_blocks, in_channels
+        self.num_resolutions = len(ch_mult)
+        self.downsample_ratio = 2 ** (self.num_resolutions - 1)
         self.conv_in = nn.Conv2d(in_channels, ch, 3, padding=1)
         self.down = nn.ModuleList()
         channels, last = ch, len(ch_mult) - 1
@@ -177,11 +249,8 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(channels, z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv_in(_layout(x, self))
-        for level in cast("Iterable[_Level]", self.down):
-            for layer in level.layers():
-                h = layer(h)
-        return _norm_silu_conv(self.mid(h), self.norm_out, self.conv_out).contiguous()
+        h = _through(_layers(self.down, "downsample"), _conv_in(self.conv_in, x))
+        return _norm_silu_conv(_call_mid(self.mid, h), self.norm_out, self.conv_out).contiguous()
 
 
 class Decoder(nn.Module):
@@ -191,7 +260,9 @@ class Decoder(nn.Module):
         self, ch: int, ch_mult: Sequence[int], num_res_blocks: int, dropout: float, in_channels: int, z_channels: int
     ) -> None:
         super().__init__()
-        last = len(ch_mult) - 1
+        self.ch, self.num_res_blocks, self.in_channels = ch, num_res_blocks, in_channels
+        self.num_resolutions = len(ch_mult)
+        last = self.num_resolutions - 1
         channels = ch * ch_mult[last]
         self.conv_in = nn.Conv2d(z_channels, channels, 3, padding=1)
         self.mid = _mid(channels, dropout)
@@ -208,10 +279,8 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(channels, in_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        h = self.mid(self.conv_in(_layout(z, self)))
-        for level in cast("Iterable[_Level]", reversed(self.up)):
-            for layer in level.layers():
-                h = layer(h)
+        h = _call_mid(self.mid, _conv_in(self.conv_in, z))
+        h = _through(_layers(reversed(self.up), "upsample"), h)
         return _norm_silu_conv(h, self.norm_out, self.conv_out).contiguous()
 
 
@@ -282,17 +351,20 @@ class VQVAE(nn.Module):
         """Raises TypeError or ValueError for what are no images of a feature size, by default the schedule's last."""
         size = as_sizes(self.quantize.v_patch_nums)[-1] if size is None else size
         want = (self.in_channels, size[0] * self.downsample, size[1] * self.downsample)
-        weight = self.encoder.conv_in.weight
         check_floats("VQVAE", ("images",), (img,))
         if img.ndim != 4 or tuple(img.shape[1:]) != want:
             raise ValueError(
                 f"images must be (B, {want[0]}, {want[1]}, {want[2]}) for a schedule that ends in {size[0]}x{size[1]} "
                 f"(downsampling by {self.downsample}), got {tuple(img.shape)}; resize them or pass another v_patch_nums"
             )
-        if img.dtype != weight.dtype and not torch.is_autocast_enabled(img.device.type):
-            raise TypeError(f"images are {img.dtype} but the tokenizer is {weight.dtype}; convert one of them")
-        if img.device != weight.device:
-            raise ValueError(f"images are on {img.device} but the tokenizer is on {weight.device}; move one of them")
+        conv_in = getattr(self.encoder, "conv_in", None)
+        if not (isinstance(conv_in, nn.Conv2d) and is_plain(conv_in)):
+            return  # which says itself what it takes
+        dtype, device = conv_in.weight.dtype, conv_in.weight.device
+        if img.dtype != dtype and not torch.is_autocast_enabled(img.device.type):
+            raise TypeError(f"images are {img.dtype} but the tokenizer is {dtype}; convert one of them")
+        if img.device != device:
+            raise ValueError(f"images are on {img.device} but the tokenizer is on {device}; move one of them")
 
     def _features(self, img: Tensor, size: tuple[int, int]) -> Tensor:
         """Features (B, Cv, h, w) of images (B, in_channels, f * h, f * w); the size is checked."""
@@ -300,7 +372,7 @@ class VQVAE(nn.Module):
         return self.quant_conv(self.encoder(img))
 
     def _decode(self, f_hat: Tensor) -> Tensor:
-        return self.decoder(self.post_quant_conv(f_hat.to(self.post_quant_conv.weight.dtype)))
+        return self.decoder(self.post_quant_conv(f_hat.to(compute_dtype(self.post_quant_conv))))
 
     def forward(self, inp: Tensor, ret_usages: bool = False) -> tuple[Tensor, list[float] | None, Tensor]:
         """Images (B, in_channels, H, W) -> reconstruction, codebook usage in % a scale or None, scalar loss."""
@@ -309,8 +381,8 @@ class VQVAE(nn.Module):
         return self._decode(f_hat), usages, vq_loss
 
     def fhat_to_img(self, f_hat: Tensor) -> Tensor:
-        """Quantized features (B, Cv, h, w) -> images (B, in_channels, f * h, f * w), clamped to [-1, 1]."""
-        check_map("fhat_to_img", "f_hat", f_hat, self.Cvae, self.post_quant_conv.weight.device)
+        """Quantized features (B, Cv, h, w), 16, 32 or 64 bits -> images (B, in_channels, f * h, f * w) in [-1, 1]."""
+        check_map("fhat_to_img", "f_hat", f_hat, self.Cvae, device_of(self.post_quant_conv))
         return self._decode(f_hat).clamp_(-1, 1)
 
     def img_to_idxBl(
@@ -324,12 +396,25 @@ class VQVAE(nn.Module):
     def idxBl_to_img(
         self, ms_idx_Bl: Sequence[Tensor], same_shape: bool, last_one: bool = False
     ) -> list[Tensor] | Tensor:
-        """Token indices (B, n_k) of each scale -> the image after each scale, or the last; see `embed_to_img`."""
+        """Token indices (B, n_k) of each scale -> the image after each scale, or the last; see `embed_to_img`.
+
+        Raises ValueError for maps of another schedule than the tokenizer's.
+        """
         check_maps("ms_idx_Bl", ms_idx_Bl, "token maps (B, n_k)")
         self.quantize.check_codes(ms_idx_Bl)
-        maps = []
-        for idx, p in zip(ms_idx_Bl, patch_nums_of_lengths([i.shape[1] for i in ms_idx_Bl]), strict=True):
-            maps.append(self.quantize.embedding(idx).transpose(1, 2).reshape(idx.shape[0], self.Cvae, p, p))
+        schedule = self.quantize.v_patch_nums
+        got, want = [idx.shape[1] for idx in ms_idx_Bl], [p * p for p in schedule]
+        if len(got) != len(want):
+            raise ValueError(
+                f"got {len(got)} token maps for the {len(want)} scales {schedule} of this tokenizer; to decode another "
+                f"schedule load the weights into a VQVAE with those v_patch_nums"
+            )
+        if got != want:
+            raise ValueError(
+                f"maps of {got} tokens are not of this tokenizer's schedule {schedule}, which has {want}; to decode "
+                f"maps of other sizes give their embeddings as (B, {self.Cvae}, h, w) to embed_to_img"
+            )
+        maps = self.quantize.embeddings(ms_idx_Bl)
         return self.embed_to_img(maps, all_to_max_scale=same_shape, last_one=last_one)
 
     def embed_to_img(
@@ -337,7 +422,8 @@ class VQVAE(nn.Module):
     ) -> list[Tensor] | Tensor:
         """Embeddings (B, Cv, p_k, p_k) of each scale -> images in [-1, 1], one a scale (or the last).
 
-        ``all_to_max_scale``: all images have the full size; else the k-th shows p_k x p_k features.
+        ``all_to_max_scale``: all images have the full size; else the k-th shows p_k x p_k features. Other maps than
+        the schedule's, (B, Cv, h_k, w_k), make images of their own sizes.
         """
         f_hats = self.quantize.embed_to_fhat(ms_h_BChw, all_to_max_scale=all_to_max_scale, last_one=last_one)
         if last_one:
