@@ -44,13 +44,20 @@ def _as_published(x: Tensor) -> Tensor:
     return x if _recorded(x) else x.contiguous()
 
 
+class _Layer(nn.Module):
+    """What keeps the memory format of the ops among its like, and gives everybody else the published one."""
+
+    def compute(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _as_published(self.compute(x))
+
+
 def _call(module: nn.Module, x: Tensor) -> Tensor:
-    return module(x if is_plain(module) else _as_published(x))
-
-
-def _result(module: nn.Module, out: Tensor) -> Tensor:
-    """What a layer of ours returns: a hook may see it."""
-    return out if is_plain(module) else _as_published(out)
+    if not is_plain(module):
+        return module(_as_published(x))
+    return module.compute(x) if isinstance(module, _Layer) else module(x)
 
 
 def _cast(x: Tensor, *parameters: Tensor) -> list[Tensor]:
@@ -80,7 +87,7 @@ def _norm_silu_conv(
         # A norm that somebody else sees keeps its output, or its input where it is the identity.
         h = F.silu(_call(norm, x), inplace=is_plain(norm) and isinstance(norm, nn.GroupNorm))
     if dropout is not None and not keeps:
-        h = _call(dropout, h)
+        h = dropout(_as_published(h))  # a mask is drawn in the order of memory
     if weights is not None and not _recorded(h):
         return _conv3x3(h, *weights, None, shortcut)
     h = _call(conv, h)
@@ -101,7 +108,7 @@ def _conv3x3(
 
 
 @fusable
-class ResnetBlock(nn.Module):
+class ResnetBlock(_Layer):
     """GroupNorm, SiLU, 3x3 convolution, twice, around a skip connection."""
 
     def __init__(self, in_channels: int, out_channels: int, dropout: float) -> None:
@@ -118,14 +125,13 @@ class ResnetBlock(nn.Module):
         else:
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor) -> Tensor:
         h = _norm_silu_conv(x, self.norm1, self.conv1)
-        out = _norm_silu_conv(h, self.norm2, self.conv2, self.dropout, lambda: _call(self.nin_shortcut, x))
-        return _result(self, out)
+        return _norm_silu_conv(h, self.norm2, self.conv2, self.dropout, lambda: _call(self.nin_shortcut, x))
 
 
 @fusable
-class AttnBlock(nn.Module):
+class AttnBlock(_Layer):
     """Single-head self-attention over the positions of a map."""
 
     def __init__(self, channels: int) -> None:
@@ -136,47 +142,48 @@ class AttnBlock(nn.Module):
         self.w_ratio = channels**-0.5
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor) -> Tensor:
         norm, qkv, proj_out = _op_norm(self.norm, x), _op_conv(self.qkv, 1, x), _op_conv(self.proj_out, 1, x)
+        h = _call(self.norm, x) if norm is None else group_norm_silu(x, *norm, silu=False)
         if norm is not None and qkv is not None and proj_out is not None:
-            return _result(self, x + self._on_rows(x, norm, qkv, proj_out))
+            return x + self._on_rows(h, qkv, proj_out)
         B, C, H, W = x.shape
-        q, k, v = _call(self.qkv, _call(self.norm, x)).reshape(B, 3, C, H * W).unbind(1)
+        q, k, v = _call(self.qkv, h).reshape(B, 3, C, H * W).unbind(1)
         weights = torch.bmm(q.transpose(1, 2), k).mul_(self.w_ratio).softmax(dim=2)  # (B, query, key)
         h = torch.bmm(v, weights.transpose(1, 2)).view(B, C, H, W)
-        return _result(self, x + _call(self.proj_out, h))
+        return x + _call(self.proj_out, h)
 
-    def _on_rows(self, x: Tensor, norm: Norm, qkv: tuple[Tensor, Tensor], proj_out: tuple[Tensor, Tensor]) -> Tensor:
-        """The same before the residual, on rows of channels: channels last, they need no transposition."""
-        B, C, H, W = x.shape
-        h = group_norm_silu(x, *norm, silu=False).flatten(2).transpose(1, 2)
-        q, k, v = F.linear(h, qkv[0].flatten(1), qkv[1]).view(B, 1, H * W, 3, C).unbind(3)
-        h = F.scaled_dot_product_attention(q, k, v, scale=self.w_ratio).squeeze(1)
-        return F.linear(h, proj_out[0].flatten(1), proj_out[1]).transpose(1, 2).view(B, C, H, W)
+    def _on_rows(self, h: Tensor, qkv: tuple[Tensor, Tensor], proj_out: tuple[Tensor, Tensor]) -> Tensor:
+        """The same between norm and residual, on rows of channels: channels last, they need no transposition."""
+        B, C, H, W = h.shape
+        rows = h.flatten(2).transpose(1, 2)
+        q, k, v = F.linear(rows, qkv[0].flatten(1), qkv[1]).view(B, 1, H * W, 3, C).unbind(3)
+        rows = F.scaled_dot_product_attention(q, k, v, scale=self.w_ratio).squeeze(1)
+        return F.linear(rows, proj_out[0].flatten(1), proj_out[1]).transpose(1, 2).view(B, C, H, W)
 
 
 @fusable
-class Downsample2x(nn.Module):
+class Downsample2x(_Layer):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return _result(self, _call(self.conv, F.pad(x, (0, 1, 0, 1))))
+    def compute(self, x: Tensor) -> Tensor:
+        return _call(self.conv, F.pad(x, (0, 1, 0, 1)))
 
 
 @fusable
-class Upsample2x(nn.Module):
+class Upsample2x(_Layer):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor) -> Tensor:
         weights = _op_conv(self.conv, 3, x)
         if weights is None:
-            return _result(self, _call(self.conv, F.interpolate(x, scale_factor=2, mode="nearest")))
+            return _call(self.conv, F.interpolate(x, scale_factor=2, mode="nearest"))
         x, weight, bias = _cast(x, *weights)
-        return _result(self, conv3x3(x, weight, bias, upsample=True))
+        return conv3x3(x, weight, bias, upsample=True)
 
 
 class _Level(nn.Module):
