@@ -1,14 +1,20 @@
-"""The tokenizer as published (VAR, arXiv 2404.02905), every module called in order: the oracle of the drop-in tests."""
+"""The tokenizer as published (VAR, arXiv 2404.02905), every module called in order: the oracle of the drop-in tests.
+
+And what they share: a small tokenizer, a count of operators, changes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import varkern
 from varkern.models import quantizer, vqvae
@@ -112,12 +118,11 @@ def embed_to_fhat(self, maps: list[Tensor], all_to_max_scale: bool = True, last_
 
 
 def idxBl_to_var_input(self, tokens: list[Tensor]) -> Tensor:
-    maps = [
-        self.embedding(t).transpose(1, 2).unflatten(2, (p, p)) for t, p in zip(tokens, self.v_patch_nums, strict=False)
-    ]
-    f_hat, inputs = torch.zeros_like(maps[-1]), []
+    side = self.v_patch_nums[-1]
+    f_hat, inputs = torch.zeros(len(tokens[0]), self.Cvae, side, side), []
     for k, p in enumerate(self.v_patch_nums[1:]):
-        f_hat = f_hat + add_scale(self, k, f_hat, maps[k])
+        codes = self.embedding(tokens[k]).transpose(1, 2).unflatten(2, (self.v_patch_nums[k],) * 2)
+        f_hat = f_hat + add_scale(self, k, f_hat, codes)
         inputs.append(F.interpolate(f_hat, size=(p, p), mode="area").flatten(2).transpose(1, 2))
     return torch.cat(inputs, 1)
 
@@ -155,3 +160,113 @@ def published() -> Iterator[None]:
     finally:
         for patch in reversed(patches):
             patch.stop()
+
+
+SCHEDULE = (1, 2, 3, 4)
+
+
+def tiny(dtype: torch.dtype = torch.float32, **options) -> varkern.VQVAE:
+    """Weights that keep a signal's size, codes far apart."""
+    vae = varkern.VQVAE(16, 8, 32, v_patch_nums=SCHEDULE, ch_mult=(1, 2), num_res_blocks=1, **options)
+    with torch.no_grad():
+        for parameter in vae.parameters():
+            if parameter.dim() == 4:
+                nn.init.kaiming_normal_(parameter)
+            elif parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    return vae.to(dtype)
+
+
+class Ops(TorchDispatchMode):
+    """Counts varkern's operators by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "varkern":
+            self.count[func._opname] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def count(call: Callable[[], object]) -> Counter[str]:
+    with Ops() as ops, torch.no_grad():
+        call()
+    return ops.count
+
+
+def images(dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.rand(2, 3, 8, 8, dtype=dtype) * 2 - 1
+
+
+def tokens(vae: varkern.VQVAE) -> list[Tensor]:
+    return [torch.randint(vae.vocab_size, (2, p * p)) for p in SCHEDULE]
+
+
+def replace(vae: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(vae.get_submodule(parent), child, module)
+
+
+# In float64 the operators compute what PyTorch does, so that one bound serves every machine: a thousand operations a
+# value, 2e-16 each, with room.
+EXACT = {"rtol": 1e-9, "atol": 1e-9}
+
+
+def bent(x: Tensor) -> Tensor:
+    """A change that no norm takes away."""
+    return x + 0.5 * x.flip(1)
+
+
+def both(vae: varkern.VQVAE) -> Tensor:
+    """Features of images and an image of features, in one tensor."""
+    torch.manual_seed(1)
+    dtype = vae.quantize.embedding.weight.dtype
+    features = vae.quant_conv(vae.encoder(images(dtype)))
+    return torch.cat([features.flatten(), vae.decoder(vae.post_quant_conv(torch.randn_like(features))).flatten()])
+
+
+def check_as_published(vae: varkern.VQVAE, plain: Tensor, changes: bool = True) -> None:
+    with torch.no_grad():
+        got = both(vae)
+        with published():
+            want = both(vae)
+    torch.testing.assert_close(got, want, **EXACT)
+    assert not (changes and torch.allclose(got, plain, atol=1e-4)), "the change changes nothing"
+
+
+class Lora(nn.Module):
+    def __init__(self, base: nn.Conv2d) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        options = {"kernel_size": base.kernel_size, "stride": base.stride, "padding": base.padding}
+        self.down = nn.Conv2d(base.in_channels, 2, **options, bias=False, dtype=base.weight.dtype)
+        self.up = nn.Conv2d(2, base.out_channels, 1, bias=False, dtype=base.weight.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+    def merged(self) -> nn.Conv2d:
+        merged = copy.deepcopy(self.base)
+        with torch.no_grad():
+            merged.weight += torch.einsum("or,rikl->oikl", self.up.weight[:, :, 0, 0], self.down.weight)
+        return merged
+
+
+def quantizer_results(vae: varkern.VQVAE) -> dict[str, Tensor]:
+    quantize, found = vae.quantize, {}
+    torch.manual_seed(2)
+    f, idx = torch.randn(2, 8, 4, 4), tokens(vae)
+    maps = [torch.randn(2, 8, p, p) for p in SCHEDULE]
+    found["tokens"] = torch.cat(quantize.f_to_idxBl_or_fhat(f, to_fhat=False), 1)
+    found["f_hats"] = torch.stack(quantize.f_to_idxBl_or_fhat(f, to_fhat=True))
+    found["decoded"] = torch.stack(quantize.embed_to_fhat(maps))
+    found["grown"] = quantize.embed_to_fhat(maps, all_to_max_scale=False, last_one=True)
+    found["var_input"] = quantize.idxBl_to_var_input(idx)
+    found["loss"] = quantize(f)[2]
+    found["image"] = vae.idxBl_to_img(idx, same_shape=True, last_one=True)
+    f_hat = torch.zeros(2, 8, 4, 4)
+    for k in range(4):
+        f_hat, found[f"next {k}"] = quantize.get_next_autoregressive_input(k, 4, f_hat, maps[k])
+    return found

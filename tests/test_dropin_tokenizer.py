@@ -4,102 +4,38 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
-from published_tokenizer import published
+from published_tokenizer import (
+    EXACT,
+    Lora,
+    bent,
+    both,
+    check_as_published,
+    count,
+    published,
+    quantizer_results,
+    replace,
+    tiny,
+    tokens,
+)
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
-from torch.utils._python_dispatch import TorchDispatchMode
 
-import varkern
 from varkern.models import vqvae
 
-SCHEDULE = (1, 2, 3, 4)
-FUSED = ("conv3x3", "group_norm_silu", "residual_quantize", "residual_dequantize", "teacher_forcing_input")
-
-
-def tiny(dtype: torch.dtype = torch.float32, **options) -> varkern.VQVAE:
-    """Weights that keep a signal's size, codes far apart."""
-    vae = varkern.VQVAE(16, 8, 32, v_patch_nums=SCHEDULE, ch_mult=(1, 2), num_res_blocks=1, **options)
-    with torch.no_grad():
-        for parameter in vae.parameters():
-            if parameter.dim() == 4:
-                nn.init.kaiming_normal_(parameter)
-            elif parameter.dim() == 1:
-                parameter.add_(torch.randn_like(parameter) * 0.2)
-    return vae.to(dtype)
-
-
-class Ops(TorchDispatchMode):
-    """Counts varkern's operators by name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "varkern":
-            self.count[func._opname] += 1
-        return func(*args, **(kwargs or {}))
-
-
-def count(call: Callable[[], object]) -> Counter[str]:
-    with Ops() as ops, torch.no_grad():
-        call()
-    return ops.count
-
-
-def images(dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.rand(2, 3, 8, 8, dtype=dtype) * 2 - 1
-
-
-def tokens(vae: varkern.VQVAE) -> list[Tensor]:
-    return [torch.randint(vae.vocab_size, (2, p * p)) for p in SCHEDULE]
-
-
-def replace(vae: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(vae.get_submodule(parent), child, module)
-
-
-# In float64 the operators compute what PyTorch does, so that one bound serves every machine: a thousand operations a
-# value, 2e-16 each, with room.
-EXACT = {"rtol": 1e-9, "atol": 1e-9}
 LAYERS = (nn.Conv2d, nn.GroupNorm, nn.Identity, vqvae.ResnetBlock, vqvae.AttnBlock, vqvae.Upsample2x)
 LAYERS += (vqvae.Downsample2x, vqvae.Encoder, vqvae.Decoder)
 NAMES = [n for n, m in tiny().named_modules() if isinstance(m, LAYERS) and not n.startswith("quantize")]
 # One convolution of every place that is computed otherwise.
 CONVS = [
-    *("encoder.conv_in", "encoder.down.0.block.0.conv1", "encoder.down.0.downsample.conv"),
+    *("encoder.conv_in", "encoder.down.1.block.0.conv1", "encoder.down.0.downsample.conv"),
     *("encoder.down.1.block.0.nin_shortcut", "encoder.mid.attn_1.qkv", "decoder.mid.block_1.conv2"),
     *("decoder.up.1.attn.0.proj_out", "decoder.up.1.upsample.conv", "decoder.conv_out", "quant_conv"),
     "post_quant_conv",
 ]
-
-
-def bent(x: Tensor) -> Tensor:
-    """A change that no norm takes away."""
-    return x + 0.5 * x.flip(1)
-
-
-def both(vae: varkern.VQVAE) -> Tensor:
-    """Features of images and an image of features, in one tensor."""
-    torch.manual_seed(1)
-    dtype = vae.quantize.embedding.weight.dtype
-    features = vae.quant_conv(vae.encoder(images(dtype)))
-    return torch.cat([features.flatten(), vae.decoder(vae.post_quant_conv(torch.randn_like(features))).flatten()])
-
-
-def check_as_published(vae: varkern.VQVAE, plain: Tensor, changes: bool = True) -> None:
-    with torch.no_grad():
-        got = both(vae)
-        with published():
-            want = both(vae)
-    torch.testing.assert_close(got, want, **EXACT)
-    assert not (changes and torch.allclose(got, plain, atol=1e-4)), "the change changes nothing"
 
 
 def test_the_tokenizer_as_published() -> None:
@@ -147,24 +83,6 @@ def test_a_replaced_layer_is_called(name: str) -> None:
     plain = both(vae)
     replace(vae, name, Viewing(vae.get_submodule(name)))
     check_as_published(vae, plain)
-
-
-class Lora(nn.Module):
-    def __init__(self, base: nn.Conv2d) -> None:
-        super().__init__()
-        self.base = base.requires_grad_(False)
-        options = {"kernel_size": base.kernel_size, "stride": base.stride, "padding": base.padding}
-        self.down = nn.Conv2d(base.in_channels, 2, **options, bias=False, dtype=base.weight.dtype)
-        self.up = nn.Conv2d(2, base.out_channels, 1, bias=False, dtype=base.weight.dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + self.up(self.down(x))
-
-    def merged(self) -> nn.Conv2d:
-        merged = copy.deepcopy(self.base)
-        with torch.no_grad():
-            merged.weight += torch.einsum("or,rikl->oikl", self.up.weight[:, :, 0, 0], self.down.weight)
-        return merged
 
 
 class Negated(nn.Conv2d):
@@ -285,24 +203,6 @@ def test_a_plain_tokenizer_is_fused_and_a_hooked_one_everywhere_else() -> None:
 # --- the quantizer
 
 
-def quantizer_results(vae: varkern.VQVAE) -> dict[str, Tensor]:
-    quantize, found = vae.quantize, {}
-    torch.manual_seed(2)
-    f, idx = torch.randn(2, 8, 4, 4), tokens(vae)
-    maps = [torch.randn(2, 8, p, p) for p in SCHEDULE]
-    found["tokens"] = torch.cat(quantize.f_to_idxBl_or_fhat(f, to_fhat=False), 1)
-    found["f_hats"] = torch.stack(quantize.f_to_idxBl_or_fhat(f, to_fhat=True))
-    found["decoded"] = torch.stack(quantize.embed_to_fhat(maps))
-    found["grown"] = quantize.embed_to_fhat(maps, all_to_max_scale=False, last_one=True)
-    found["var_input"] = quantize.idxBl_to_var_input(idx)
-    found["loss"] = quantize(f)[2]
-    found["image"] = vae.idxBl_to_img(idx, same_shape=True, last_one=True)
-    f_hat = torch.zeros(2, 8, 4, 4)
-    for k in range(4):
-        f_hat, found[f"next {k}"] = quantize.get_next_autoregressive_input(k, 4, f_hat, maps[k])
-    return found
-
-
 class Scaled(nn.Module):
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -328,22 +228,17 @@ QUANTIZER_CHANGES = {
 }
 
 
-def call_without(call: Callable[[], dict]) -> dict:
-    with torch.no_grad():
-        return call()
-
-
 @pytest.mark.parametrize("share", [0, 1, 4])
 @pytest.mark.parametrize("change", [None, *QUANTIZER_CHANGES])
 def test_a_changed_quantizer_calls_its_modules(change: str | None, share: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(globals(), "PHI", {0: "quantize.quant_resi.1", 1: "quantize.quant_resi.qresi"}.get(share, PHI))
     vae = tiny(share_quant_resi=share)
-    plain = call_without(lambda: quantizer_results(vae))
+    plain = torch.no_grad()(quantizer_results)(vae)
     if change is not None:
         QUANTIZER_CHANGES[change](vae)
-    got = call_without(lambda: quantizer_results(copy.deepcopy(vae)))
+    got = torch.no_grad()(quantizer_results)(copy.deepcopy(vae))
     with published():
-        want = call_without(lambda: quantizer_results(copy.deepcopy(vae)))
+        want = torch.no_grad()(quantizer_results)(copy.deepcopy(vae))
     for name in want:
         # Sums of at most 4 scales of 72 products, of values up to 20, in float32; an image is normalised.
         torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=2e-4, msg=lambda m, name=name: f"{name}: {m}")

@@ -6,6 +6,7 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C._functorch import is_batchedtensor
 
 from varkern.models.plain import compute_dtype, fusable, is_plain, is_plain_conv
 from varkern.models.quantizer import VectorQuantizer2, check_map, check_maps, device_of
@@ -21,8 +22,8 @@ def _norm(channels: int) -> nn.GroupNorm:
 
 
 def _recorded(*tensors: Tensor) -> bool:
-    """Whether PyTorch must compute, as published: the ops have no gradient."""
-    return reference_forced() or needs_gradient(*tensors)
+    """Whether PyTorch must compute, as published: the ops have no gradient and no rule for torch.func.vmap."""
+    return reference_forced() or needs_gradient(*tensors) or any(map(is_batchedtensor, tensors))
 
 
 def _op_norm(norm: nn.Module, x: Tensor) -> Norm | None:
