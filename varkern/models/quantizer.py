@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -83,6 +84,11 @@ def _is_plain_embedding(module: nn.Module) -> bool:
     if not (isinstance(module, nn.Embedding) and is_plain(module)):
         return False
     return module.padding_idx is None and module.max_norm is None and not (module.scale_grad_by_freq or module.sparse)
+
+
+def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    # Autocast knows no meta tensors.
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def _is_integer(value: object) -> bool:
@@ -225,7 +231,7 @@ class VectorQuantizer2(nn.Module):
         the usages count codes whose average there reaches 8 % of an even share.
         """
         check_map("VectorQuantizer2", "features", f_BChw, self.Cvae, device_of(self.embedding))
-        with torch.autocast(f_BChw.device.type, enabled=False):
+        with _without_autocast(f_BChw):
             sizes = as_sizes(self.v_patch_nums)
             f_BChw, codebook, phis = f_BChw.float(), self._codebook(), self.phis(len(sizes))
             if _for_ops(phis) and _is_plain_embedding(self.embedding):
@@ -274,7 +280,7 @@ class VectorQuantizer2(nn.Module):
             check_map("embed_to_fhat", "embeddings", h, self.Cvae, ms_h_BChw[0].device)
             if h.shape[0] != ms_h_BChw[0].shape[0]:
                 raise ValueError(f"embeddings must have one batch size, got {[h.shape[0] for h in ms_h_BChw]}")
-        with torch.autocast(ms_h_BChw[0].device.type, enabled=False):
+        with _without_autocast(ms_h_BChw[0]):
             phis, maps = self.phis(len(self.v_patch_nums)), [h.float() for h in ms_h_BChw]
             full = (maps[-1].shape[2], maps[-1].shape[3])
             if not all_to_max_scale:
@@ -302,7 +308,7 @@ class VectorQuantizer2(nn.Module):
                 f"{tuple(f_BChw.shape)}; pass v_patch_nums ending in the feature size"
             )
         run = self._running(len(sizes))
-        with torch.no_grad(), torch.autocast(f_BChw.device.type, enabled=False):
+        with torch.no_grad(), _without_autocast(f_BChw):
             phis, codebook = self.phis(len(sizes))[:run], self._codebook()
             if _for_ops(phis) and _is_plain_embedding(self.embedding):
                 indices, f_hats = ops.residual_quantize(
@@ -360,7 +366,7 @@ class VectorQuantizer2(nn.Module):
             raise ValueError(f"the input of scale {produced + 1} needs {produced} token maps, got {len(gt_ms_idx_Bl)}")
         given = list(gt_ms_idx_Bl[:produced])
         self._check_tokens(given)
-        with torch.no_grad(), torch.autocast(given[0].device.type, enabled=False):
+        with torch.no_grad(), _without_autocast(given[0]):
             phis = self.phis(len(sizes))[:produced]
             if not _for_ops(phis):
                 return ops.teacher_forcing_input_reference(self.embeddings(given), phis, sizes)
@@ -387,7 +393,7 @@ class VectorQuantizer2(nn.Module):
             raise ValueError(f"f_hat and h_BChw must have one batch size, got {f_hat.shape[0]} and {h_BChw.shape[0]}")
         si = operator.index(si)
         following: Size | None = as_sizes(self.v_patch_nums)[si + 1] if si != scales - 1 else None
-        with torch.autocast(f_hat.device.type, enabled=False):
+        with _without_autocast(f_hat):
             module = self.quant_resi[si / (scales - 1)]
             phi = _phi_of(module)
             if phi is not None and f_hat.dtype == torch.float32:
