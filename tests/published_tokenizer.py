@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import varkern
-from varkern.models import quantizer, vqvae
+from varkern.models import autoencoder, quantizer
 
 
 def resnet_block(self, x: Tensor) -> Tensor:
@@ -136,12 +136,12 @@ def get_next_autoregressive_input(self, si: int, SN: int, f_hat: Tensor, h: Tens
 
 
 _FORWARDS = {
-    vqvae.ResnetBlock: resnet_block,
-    vqvae.AttnBlock: attn_block,
-    vqvae.Downsample2x: downsample,
-    vqvae.Upsample2x: upsample,
-    vqvae.Encoder: encoder,
-    vqvae.Decoder: decoder,
+    autoencoder.ResnetBlock: resnet_block,
+    autoencoder.AttnBlock: attn_block,
+    autoencoder.Downsample2x: downsample,
+    autoencoder.Upsample2x: upsample,
+    autoencoder.Encoder: encoder,
+    autoencoder.Decoder: decoder,
     quantizer.PhiConv: phi,
     varkern.VectorQuantizer2: quantize,
 }

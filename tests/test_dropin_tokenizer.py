@@ -24,10 +24,10 @@ from published_tokenizer import (
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from varkern.models import vqvae
+from varkern.models import autoencoder
 
-LAYERS = (nn.Conv2d, nn.GroupNorm, nn.Identity, vqvae.ResnetBlock, vqvae.AttnBlock, vqvae.Upsample2x)
-LAYERS += (vqvae.Downsample2x, vqvae.Encoder, vqvae.Decoder)
+LAYERS = (nn.Conv2d, nn.GroupNorm, nn.Identity, autoencoder.ResnetBlock, autoencoder.AttnBlock, autoencoder.Upsample2x)
+LAYERS += (autoencoder.Downsample2x, autoencoder.Encoder, autoencoder.Decoder)
 NAMES = [n for n, m in tiny().named_modules() if isinstance(m, LAYERS) and not n.startswith("quantize")]
 # One convolution of every place that is computed otherwise.
 CONVS = [
@@ -187,7 +187,7 @@ def test_a_plain_tokenizer_is_fused_and_a_hooked_one_everywhere_else() -> None:
     vae = tiny()
     f_hat = torch.randn(2, 8, 4, 4)
     norms = sum(isinstance(m, nn.GroupNorm) for m in vae.decoder.modules())
-    attns = sum(isinstance(m, vqvae.AttnBlock) for m in vae.decoder.modules())
+    attns = sum(isinstance(m, autoencoder.AttnBlock) for m in vae.decoder.modules())
     fused = count(lambda: vae.fhat_to_img(f_hat))
     assert fused == {"conv3x3": norms - attns + 1, "group_norm_silu": attns}
     vae.decoder.up[0].block[0].conv1.register_forward_hook(lambda *_: None)

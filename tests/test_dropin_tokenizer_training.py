@@ -11,6 +11,7 @@ from published_tokenizer import (
     EXACT,
     Lora,
     Ops,
+    bent,
     both,
     check_as_published,
     count,
@@ -69,6 +70,20 @@ def test_a_trained_shortcut_is_not_taken_into_the_convolution() -> None:
         vae.decoder(torch.randn(2, 8, 4, 4)).sum().backward()
     assert shortcut.weight.grad.norm() > 0
     assert ops.count["conv3x3"] > 5  # of what comes before it
+
+
+def test_autocast_around_hooked_layers() -> None:
+    """As near to float32 as the published order in bfloat16 is: a rounding more or less a layer."""
+    for name in ("decoder.mid.block_1.norm1", "decoder.mid.attn_1.qkv", "decoder.up.0.block.0", "encoder.conv_in"):
+        vae = tiny()
+        vae.get_submodule(name).register_forward_hook(lambda m, args, out: bent(out))
+        with torch.no_grad(), published():
+            want = both(vae)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            got = both(vae)
+            with published():
+                eager = both(vae)
+        assert (got - want).norm() <= 1.5 * (eager - want).norm() + 1e-3 * want.norm()
 
 
 def test_lora_merged_and_apart_are_one() -> None:

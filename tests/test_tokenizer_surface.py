@@ -15,6 +15,7 @@ from published_tokenizer import SCHEDULE, count, images, published, quantizer_re
 from safetensors.torch import load_file, save_file
 from test_dropin_tokenizer import PHI
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import varkern
 from varkern.models.schedule import phi_index
@@ -156,7 +157,7 @@ class TestArguments:
 
     def test_batches_differ(self) -> None:
         for f_hat in (torch.zeros(2, 8, 4, 4), torch.zeros(2, 8, 4, 4).half()):
-            with pytest.raises(ValueError, match="one batch size, got 2 and 1"):
+            with pytest.raises(ValueError, match="one batch size and device, got 2 on cpu and 1 on cpu"):
                 tiny().quantize.get_next_autoregressive_input(1, 4, f_hat, torch.zeros(1, 8, 2, 2))
 
 
@@ -224,6 +225,49 @@ def everything(vae: varkern.VQVAE) -> list[Tensor]:
         f_hat = torch.zeros(2, 8, 4, 4, dtype=torch.float32, device="cpu")
         results += [vae.quantize.idxBl_to_var_input(idx)]
         return [*results, *vae.quantize.get_next_autoregressive_input(1, 4, f_hat, codes[1])]
+
+
+class TestOtherParts:
+    def test_other_channels(self) -> None:
+        vae = tiny()
+        vae.encoder.conv_in = nn.Conv2d(1, 32, 3, padding=1)
+        assert [i.shape[1] for i in vae.img_to_idxBl(torch.rand(2, 1, 8, 8))] == [1, 4, 9, 16]
+        with pytest.raises(ValueError, match=r"images must be \(B, 1, 8, 8\)"):
+            vae.img_to_idxBl(images())
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_no_convolution_around_the_quantizer(self, dtype: torch.dtype) -> None:
+        vae = tiny(dtype)
+        vae.quant_conv = vae.post_quant_conv = nn.Identity()
+        assert vae.img_to_reconstructed_img(images(dtype), last_one=True).dtype == dtype
+
+    def test_another_encoder(self) -> None:
+        vae = tiny()
+        vae.encoder = nn.Sequential(nn.Conv2d(5, 8, 4, stride=4), nn.Tanh())
+        vae.encoder.requires_grad_(False)
+        assert vae.img_to_reconstructed_img(torch.rand(2, 5, 16, 16), last_one=True).shape == (2, 3, 8, 8)
+
+    def test_compiled_parts(self) -> None:
+        vae = tiny()
+        f_hat = torch.randn(2, 8, 4, 4)
+        want = vae.fhat_to_img(f_hat)
+        torch.compiler.reset()
+        vae.decoder.mid.block_1.compile(backend="eager")
+        vae.decoder.up[0].block[1] = torch.compile(vae.decoder.up[0].block[1], backend="eager")
+        torch.testing.assert_close(vae.fhat_to_img(f_hat), want, rtol=1e-4, atol=1e-4)
+
+    def test_flops_are_counted_as_published(self) -> None:
+        vae = tiny()
+        totals = []
+        for _ in range(2):
+            with FlopCounterMode(display=False) as counter:
+                vae.fhat_to_img(torch.zeros(2, 8, 4, 4))
+            totals.append(counter.get_total_flops())
+            with published(), FlopCounterMode(display=False) as counter:
+                vae.fhat_to_img(torch.zeros(2, 8, 4, 4))
+            totals.append(counter.get_total_flops())
+        assert len(set(totals)) == 1
+        assert totals[0] > 1e6
 
 
 class TestDefaults:

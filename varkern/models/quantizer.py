@@ -277,7 +277,7 @@ class VectorQuantizer2(nn.Module):
                 f"expected embeddings of {len(self.v_patch_nums)} scales {self.v_patch_nums}, got {len(ms_h_BChw)}"
             )
         for h in ms_h_BChw:
-            check_map("embed_to_fhat", "embeddings", h, self.Cvae, ms_h_BChw[0].device)
+            check_map("embed_to_fhat", "embeddings", h, self.Cvae, device_of(self.embedding))
             if h.shape[0] != ms_h_BChw[0].shape[0]:
                 raise ValueError(f"embeddings must have one batch size, got {[h.shape[0] for h in ms_h_BChw]}")
         with _without_autocast(ms_h_BChw[0]):
@@ -388,9 +388,12 @@ class VectorQuantizer2(nn.Module):
                 f"si={si!r} of SN={SN!r}: give a scale in [0, {scales - 1}] and the number of all, {scales}"
             )
         for name, h in (("f_hat", f_hat), ("h_BChw", h_BChw)):
-            check_map("get_next_autoregressive_input", name, h, self.Cvae, f_hat.device)
-        if h_BChw.shape[0] != f_hat.shape[0]:
-            raise ValueError(f"f_hat and h_BChw must have one batch size, got {f_hat.shape[0]} and {h_BChw.shape[0]}")
+            check_map("get_next_autoregressive_input", name, h, self.Cvae, device_of(self.embedding))
+        if h_BChw.shape[0] != f_hat.shape[0] or h_BChw.device != f_hat.device:
+            raise ValueError(
+                f"f_hat and h_BChw must have one batch size and device, got {f_hat.shape[0]} on {f_hat.device} and "
+                f"{h_BChw.shape[0]} on {h_BChw.device}"
+            )
         si = operator.index(si)
         following: Size | None = as_sizes(self.v_patch_nums)[si + 1] if si != scales - 1 else None
         with _without_autocast(f_hat):
