@@ -13,6 +13,12 @@ Left alone, an op takes the first of its backends that can serve the call. ``VAR
 or ``use_backend`` names one instead: then that backend serves or the call raises and says why. An op that does not
 have the named backend at all chooses by itself, so that a whole model runs under ``use_backend("triton")`` although
 some of its ops have no Triton kernel; ``explain`` and ``python -m varkern.info`` show who serves what.
+
+Within a transform of ``torch.func`` (``grad``, ``vjp``, ``jvp``, ``vmap``, ``jacrev``, ...) and in forward-mode
+differentiation every op is its reference, whatever was asked for: slower than a kernel, but plain PyTorch has the
+derivatives of any order and all batching rules. Ops for inference have no gradient there either. (An
+``autograd.Function`` that those transforms take costs every call more, also the ordinary ones: ``apply`` then binds the
+arguments to a signature.)
 """
 
 from __future__ import annotations
@@ -92,8 +98,37 @@ def current_backend() -> str | None:
 
 
 def reference_forced() -> bool:
-    """Whether every op of this thread must run plain PyTorch."""
-    return _override.backend == "reference"
+    """Whether every op of this thread must run plain PyTorch: it was asked for, or a transform needs it."""
+    return _override.backend == "reference" or transformed()
+
+
+def transformed() -> bool:
+    """Whether a transform of ``torch.func`` or forward-mode differentiation is in force, which kernels know nothing of.
+
+    Of what tells, this alone is also seen by ``torch.compile``.
+    """
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def check_in_place(op: str, name: str, target: torch.Tensor, *others: torch.Tensor | None) -> None:
+    """Raises ``RuntimeError`` where vmap has batched what is to be written into a tensor, but not the tensor."""
+    if not torch._C._are_functorch_transforms_active():
+        return
+    if set().union(*(_batched_levels(tensor) for tensor in others if tensor is not None)) - _batched_levels(target):
+        raise RuntimeError(
+            f"{op}: {name} is changed in place, and vmap has batched another argument but not it: give {name} that axis "
+            "too, expanded and cloned, and its in_dims."
+        )
+
+
+def _batched_levels(tensor: torch.Tensor) -> set[int]:
+    """The levels of vmap that a tensor has an axis of."""
+    functorch, levels = torch._C._functorch, set()
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            levels.add(functorch.maybe_get_level(tensor))
+        tensor = functorch.get_unwrapped(tensor)
+    return levels
 
 
 @functools.cache
@@ -239,10 +274,15 @@ def needs_gradient(*tensors: torch.Tensor) -> bool:
 
 
 class _OnceDifferentiable(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, op: str, differentiable: torch.Tensor, *grads: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ctx.op = op
+    def forward(op: str, differentiable: torch.Tensor, *grads: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return tuple(grad.view_as(grad) for grad in grads)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        ctx.op = inputs[0]
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -367,6 +407,11 @@ def autograd(name: str, differentiable: Callable[..., Any]) -> None:
 
     def register(keys: Any, *args: Any) -> Any:
         if needs_gradient(*(arg for arg in args if isinstance(arg, torch.Tensor))):
+            if transformed():
+                raise RuntimeError(
+                    f"torch.ops.varkern.{name} has no derivative within a transform of torch.func or in forward mode: "
+                    "call the function of varkern.ops that it serves, which has, or has a sentence why not."
+                )
             return differentiable(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keys & torch._C._after_autograd_keyset, *args)

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from varkern.ops._library import transformed
+
 MAX_LOG_TEMPERATURE = 4.605170185988092  # log 100
 NORM_FLOOR = 1e-12
 
@@ -23,6 +25,9 @@ def attention_reference(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, softmax_scale: float = 1.0, dropout: float = 0.0
 ) -> Tensor:
     """Softmax attention of q (B, H, n, D) over k, v (B, H, N, D) with an additive bias (1, 1, n, N) -> (B, H, n, D)."""
+    if transformed():  # PyTorch's fused kernels have one derivative, backwards
+        scores = q @ k.transpose(-1, -2) * softmax_scale
+        return F.dropout((scores if bias is None else scores + bias).softmax(-1), dropout) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=softmax_scale, dropout_p=dropout)
 
 

@@ -19,6 +19,7 @@ from varkern.ops._library import (
     Op,
     autograd,
     check_floats,
+    check_in_place,
     check_integer,
     check_number,
     cpu_why_not,
@@ -107,6 +108,7 @@ def cached_attention(
         _refuse_gradient()
     prologue = q_bias, v_bias, log_scale
     if reference_forced():
+        check_in_place("cached_attention", "cache", cache, qkv, *prologue)
         return cached_attention_reference(qkv, cache, position, *prologue, softmax_scale)
     return torch.ops.varkern.cached_attention(qkv, cache, position, *prologue, softmax_scale, current_backend())
 

@@ -16,6 +16,7 @@ from varkern.ops._library import (
     DTYPE_CODES,
     Op,
     autograd,
+    check_in_place,
     cpu_why_not,
     cuda_why_not,
     current_backend,
@@ -71,6 +72,7 @@ def gated_residual_layer_norm_(
     if needs_gradient(x, h, gate, scale, shift):
         _refuse_gradient()
     if reference_forced():
+        check_in_place("gated_residual_layer_norm_", "x", x, h, gate)
         return gated_residual_layer_norm_reference_(x, h, gate, scale, shift, eps)
     return torch.ops.varkern.gated_residual_layer_norm_(x, h, gate, scale, shift, eps, current_backend())
 

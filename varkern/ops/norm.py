@@ -32,7 +32,9 @@ from varkern.ops._library import (
     library,
     needs_gradient,
     once_differentiable,
+    reference_forced,
     stream,
+    transformed,
     triton_why_not,
 )
 
@@ -46,7 +48,8 @@ def modulated_layer_norm_reference(x: Tensor, scale: Tensor, shift: Tensor, eps:
     """``modulated_layer_norm`` in plain PyTorch, as an eager AdaLN block computes it; same arguments."""
     if scale.dim() == 2:
         scale, shift = scale.unsqueeze(1), shift.unsqueeze(1)
-    return F.layer_norm(x, (x.size(-1),), eps=eps).mul(scale.add(1)).add_(shift)
+    out = F.layer_norm(x, (x.size(-1),), eps=eps).mul(scale.add(1))
+    return out.add(shift) if transformed() else out.add_(shift)  # vmap cannot add in place what it alone has batched
 
 
 def modulated_layer_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Tensor:
@@ -69,7 +72,7 @@ def modulated_layer_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1
     check_floats("modulated_layer_norm", ("x", "scale", "shift"), (x, scale, shift))
     check_number("modulated_layer_norm", "eps", eps)
     backend = current_backend()
-    if backend == "reference" or (backend is None and torch.float64 in (x.dtype, scale.dtype)):
+    if reference_forced() or (backend is None and torch.float64 in (x.dtype, scale.dtype)):
         _check(x, scale, shift)
         return modulated_layer_norm_reference(x, scale, shift, eps)
     if needs_gradient(x, scale, shift):

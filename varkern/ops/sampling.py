@@ -28,6 +28,7 @@ from varkern.ops._library import (
     impl,
     library,
     stream,
+    transformed,
 )
 
 __all__ = [
@@ -135,6 +136,9 @@ def sample_tokens(
             raise TypeError(f"sample_tokens: noise is {type(noise).__name__}, give a tensor, a generator or None.")
         B, n, V = _shape(logits, guidance)
         noise = draw_noise(B * n, V, logits.device, noise)
+    if transformed():
+        _check_noise(logits, noise, guidance)
+        return _draw_reference(logits.detach(), noise, guidance, top_k, top_p)
     return torch.ops.varkern.sample_tokens(logits.detach(), noise, guidance, top_k, top_p, current_backend())
 
 
@@ -149,6 +153,8 @@ def filter_logits(logits: Tensor, guidance: float | None = None, top_k: int = 0,
     without its sort; on other devices that itself. NaN is passed on. There is no gradient.
     """
     _check_arguments("filter_logits", logits, guidance, top_k, top_p)
+    if transformed():
+        return _filter_reference(logits.detach(), guidance, top_k, top_p)
     return torch.ops.varkern.filter_logits(logits.detach(), guidance, top_k, top_p, current_backend())
 
 
@@ -215,7 +221,8 @@ def _filter_reference(logits: Tensor, guidance: float | None, top_k: int, top_p:
 def _draw_reference(logits: Tensor, noise: Tensor, guidance: float | None, top_k: int, top_p: float) -> Tensor:
     """The reference ops with noise that has been drawn; (B, n) int64."""
     p = _filter_reference(logits, guidance, top_k, top_p).softmax(dim=-1)
-    if p.device.type == "cpu" and bool((nan := p.amax(dim=-1).isnan().view(-1)).any()):
+    looks = p.device.type == "cpu" and not transformed()  # a batched value cannot be looked at
+    if looks and bool((nan := p.amax(dim=-1).isnan().view(-1)).any()):
         _raise_without_distribution(int(nan.nonzero()[0]), p.shape[1])
     return (p / noise.view(p.shape)).argmax(dim=-1)
 
