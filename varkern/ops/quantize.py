@@ -160,7 +160,7 @@ def maps_as_codes(maps: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[Size]]:
     """Vectors (B, Cv, h_k, w_k) of each scale as a codebook of their own: (indices, codebook, sizes)."""
     B, Cv = maps[0].shape[:2]
     vectors = torch.cat([codes.flatten(2) for codes in maps], 2).transpose(1, 2)
-    indices = torch.arange(B * vectors.size(1), device=vectors.device).view(vectors.shape[:2])
+    indices = torch.arange(B * vectors.size(1), dtype=torch.int64, device=vectors.device).view(vectors.shape[:2])
     codebook = vectors.reshape(-1, Cv) if B else vectors.new_zeros(1, Cv)
     return indices, codebook, [(codes.shape[2], codes.shape[3]) for codes in maps]
 

@@ -244,7 +244,8 @@ def _why_not_cpu(logits: Tensor, *_: object) -> str | None:
 
 
 def _example(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    return torch.zeros(2, 4, 64, device=device, dtype=dtype), torch.ones(4, 64, device=device)
+    noise = torch.ones(4, 64, dtype=torch.float32, device=device)
+    return torch.zeros(2, 4, 64, device=device, dtype=dtype), noise
 
 
 _OP = Op("sample_tokens", {"cuda": _why_not_cuda, "cpu": _why_not_cpu}, _example)
@@ -271,7 +272,7 @@ def _sample_tokens(
 
     logits, noise = dense_last_axis(logits), noise.contiguous()
     tokens = logits.new_empty((B, n), dtype=torch.int64)
-    status = torch.zeros(2, dtype=torch.int64)  # filled on the CPU alone
+    status = torch.zeros(2, dtype=torch.int64, device="cpu")  # filled by the CPU's kernel alone
     with device_guard(logits):
         extension(backend).sample_tokens(
             *(logits.data_ptr(), noise.data_ptr(), tokens.data_ptr(), status.data_ptr(), B, n, V),
@@ -306,7 +307,8 @@ def _filter_logits(logits: Tensor, guidance: float | None, top_k: int, top_p: fl
         return _filter_reference(logits, guidance, top_k, top_p)
     logits = dense_last_axis(logits)
     B, n, V = _shape(logits, guidance)
-    out, undecided = torch.empty(B, n, V), torch.empty(B * n, dtype=torch.bool)
+    out = logits.new_empty((B, n, V), dtype=torch.float32)
+    undecided = logits.new_empty(B * n, dtype=torch.bool)
     extension(backend).filter_logits(
         *(logits.data_ptr(), out.data_ptr(), undecided.data_ptr(), B, n, V, logits.stride(0), logits.stride(1)),
         *(top_k, guidance or 0.0, top_p, DTYPE_CODES[logits.dtype], guidance is not None),
