@@ -1,4 +1,5 @@
-"""Triton kernels, installed as ``varkern.kernels``: a leaf that knows nothing of the rest of the package.
+"""Triton kernels, installed as ``varkern.kernels``: a leaf that knows ``varkern._kept`` and nothing else of
+the package.
 
 Importing this package does not import triton; its modules do, so ask ``unavailable()`` first or import them where a
 call has been found to need them. Each module has its kernels, one Python function an op that launches them, and
@@ -12,45 +13,11 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from typing import Any
 
-import torch
-
-__all__ = ["Case", "kept", "passing", "unavailable"]
-
-_Function = TypeVar("_Function", bound=Callable[..., Any])
-
-
-def passing() -> bool:
-    """Whether a tensor made now belongs to a mode or transform that will end, and is perhaps not even a real one."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-    )
-
-
-def kept(function: _Function) -> _Function:
-    """Make what a function of hashable arguments returns once, and keep it until the process ends.
-
-    For the tables of a schedule, of at most 8 bytes a position, which are as many as there are schedules and devices.
-    Nothing is ever dropped, since CUDA graphs and calls in other threads hold the addresses; of two threads that make
-    the same table at once, both get one. No tensor of inference mode is kept, nor a fake one.
-    """
-    values: dict[tuple[Any, ...], Any] = {}
-
-    @functools.wraps(function)
-    def get(*args: Any) -> Any:
-        if passing():
-            return function(*args)
-        if args not in values:
-            with torch.inference_mode(False):
-                values.setdefault(args, function(*args))
-        return values[args]
-
-    return cast(_Function, get)
+__all__ = ["Case", "unavailable"]
 
 
 @functools.cache

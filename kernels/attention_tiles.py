@@ -16,7 +16,9 @@ from itertools import accumulate
 
 import torch
 
-from . import Case, kept
+from varkern._kept import kept
+
+from . import Case
 
 Tiles = tuple[tuple[int, int], ...]
 

@@ -14,7 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
-from . import Case, kept
+from varkern._kept import kept
+
+from . import Case
 
 Size = tuple[int, int]
 

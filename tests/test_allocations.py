@@ -18,16 +18,42 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import varkern
-from varkern import kernels, ops
+from varkern import ops
+from varkern._kept import kept
 from varkern.ops import attention_launch, attention_peers, attention_reference, quantize_operators
 from varkern.ops._library import Op, load
 
 ROOT = Path(__file__).parent.parent
 # What torch.set_default_dtype and torch.set_default_device change the result of.
 FACTORIES = frozenset(
-    "arange as_tensor asarray empty empty_permuted empty_strided eye full linspace logspace ones rand randint randn "
-    "randperm range scalar_tensor tensor zeros blackman_window hann_window hamming_window bartlett_window "
-    "kaiser_window tril_indices triu_indices".split()
+    [
+        "arange",
+        "as_tensor",
+        "asarray",
+        "empty",
+        "empty_permuted",
+        "empty_strided",
+        "eye",
+        "full",
+        "linspace",
+        "logspace",
+        "ones",
+        "rand",
+        "randint",
+        "randn",
+        "randperm",
+        "range",
+        "scalar_tensor",
+        "tensor",
+        "zeros",
+        "blackman_window",
+        "hann_window",
+        "hamming_window",
+        "bartlett_window",
+        "kaiser_window",
+        "tril_indices",
+        "triu_indices",
+    ]
 )
 BACKENDS = ("reference", "cpu", "triton")
 SOURCES = sorted(p.relative_to(ROOT).as_posix() for d in ("varkern", "kernels") for p in (ROOT / d).rglob("*.py"))
@@ -44,7 +70,10 @@ def unnamed(source: str) -> Iterator[tuple[int, str]]:
     tree = ast.parse(source)
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
     constructed = {
-        id(inner) for call in calls if call.func.attr in CONSTRUCTION for inner in ast.walk(call)  # type: ignore
+        id(inner)
+        for call in calls
+        if call.func.attr in CONSTRUCTION
+        for inner in ast.walk(call)  # type: ignore
     }
     for node in calls:
         if id(node) in constructed:
@@ -246,7 +275,7 @@ class TestKept:
         """The address of the other one would die with its call."""
         start, got = threading.Barrier(4), []
 
-        @kernels.kept
+        @kept
         def table(n: int) -> Tensor:
             start.wait(timeout=10)
             return torch.zeros(n, dtype=torch.int64, device="cpu")

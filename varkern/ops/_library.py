@@ -348,6 +348,12 @@ def check_integer(op: str, name: str, value: object) -> None:
         raise TypeError(f"{op}: {name} is {value!r}, give an integer.")
 
 
+def check_truth(op: str, name: str, value: object) -> None:
+    """Raises ``TypeError`` for what is neither True nor False."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{op}: {name} is {value!r}, give True or False.")
+
+
 def check_number(op: str, name: str, value: Any, finite: bool = True) -> None:
     """Raises ``TypeError`` for what is no number, ``ValueError`` for NaN, infinity and what no float can hold."""
     if not isinstance(value, _NUMBERS):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from varkern.kernels import kept
+from varkern._kept import kept
 from varkern.ops._library import DTYPE_CODES, device_guard, extension, kernels
 from varkern.ops.attention_reference import Prologue, backward_eager, forward_eager
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from varkern.kernels import kept
+from varkern._kept import kept
 from varkern.ops.attention_reference import block_causal_attention_reference, scales_of
 
 # "varkern" is ours, varkern.ops.block_causal_attention.

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from varkern.kernels import passing
+from varkern._kept import passing
 from varkern.ops._library import transformed
 
 MAX_LOG_TEMPERATURE = 4.605170185988092  # log 100

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from varkern.kernels import kept
+from varkern._kept import kept
 from varkern.ops import quantize_reference as reference
 from varkern.ops._library import (
     Op,
