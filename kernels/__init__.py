@@ -1,5 +1,4 @@
-"""Triton kernels, installed as ``varkern.kernels``: a leaf that knows ``varkern._kept`` and nothing else of
-the package.
+"""Triton kernels, installed as ``varkern.kernels``: a leaf that knows nothing else of the package but ``_kept``.
 
 Importing this package does not import triton; its modules do, so ask ``unavailable()`` first or import them where a
 call has been found to need them. Each module has its kernels, one Python function an op that launches them, and

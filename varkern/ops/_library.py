@@ -116,8 +116,8 @@ def check_in_place(op: str, name: str, target: torch.Tensor, *others: torch.Tens
         return
     if set().union(*(_batched_levels(tensor) for tensor in others if tensor is not None)) - _batched_levels(target):
         raise RuntimeError(
-            f"{op}: {name} is changed in place, and vmap has batched another argument but not it: give {name} that axis "
-            "too, expanded and cloned, and its in_dims."
+            f"{op}: {name} is changed in place, and vmap has batched another argument but not it: clone {name} along "
+            "that axis too."
         )
 
 
