@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from varkern.ops._precision import full_float32_of
+
 Size = tuple[int, int]
 
 
@@ -26,10 +28,12 @@ class Phi(NamedTuple):
 
 
 def phi_reference(h: Tensor, phi: Phi) -> Tensor:
-    """phi of a (B, Cv, H, W) map."""
+    """phi of a (B, Cv, H, W) map, without TF32: a backward pass that runs later has the flags that are set then."""
     if phi.weight is None:
         return h
-    return h.mul(1 - phi.ratio) + F.conv2d(h, phi.weight, phi.bias, padding=phi.weight.shape[-1] // 2).mul_(phi.ratio)
+    with full_float32_of(h):
+        out = F.conv2d(h, phi.weight, phi.bias, padding=phi.weight.shape[-1] // 2)
+    return h.mul(1 - phi.ratio) + out.mul_(phi.ratio)
 
 
 def nearest_code_reference(z: Tensor, codebook: Tensor, cosine: bool = False) -> Tensor:
@@ -123,9 +127,10 @@ def residual_quantize_backward_reference(
         same, grad_phi = size == full, None
         up = code.contiguous() if same else F.interpolate(code, size=full, mode="bicubic")
         if phi.weight is not None:
-            through, *grad_phi = torch.ops.aten.convolution_backward(
-                grad * phi.ratio, up, phi.weight, [Cv], [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, True, True]
-            )
+            with full_float32_of(up):
+                through, *grad_phi = torch.ops.aten.convolution_backward(
+                    grad * phi.ratio, up, phi.weight, [Cv], [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, True, True]
+                )
             grad = through + grad * (1 - phi.ratio)
         if not same:
             grad = torch.ops.aten.upsample_bicubic2d_backward(grad.contiguous(), full, [B, Cv, *size], False)
