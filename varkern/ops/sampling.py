@@ -134,6 +134,8 @@ def sample_tokens(
     if not isinstance(noise, Tensor):
         if noise is not None and not isinstance(noise, torch.Generator):
             raise TypeError(f"sample_tokens: noise is {type(noise).__name__}, give a tensor, a generator or None.")
+        if noise is not None and noise.device.type != logits.device.type:
+            raise ValueError(f"sample_tokens: noise is a generator on {noise.device} and logits on {logits.device}.")
         B, n, V = _shape(logits, guidance)
         noise = draw_noise(B * n, V, logits.device, noise)
     if transformed():
