@@ -64,6 +64,7 @@ class _Override(threading.local):
         self.backend = _environment
 
 
+_func_transforms = torch._C._are_functorch_transforms_active
 _environment = _checked(os.environ.get("VARKERN_BACKEND") or None, "The environment variable VARKERN_BACKEND")
 _override = _Override()
 
@@ -107,12 +108,12 @@ def transformed() -> bool:
 
     Of what tells, this alone is also seen by ``torch.compile``.
     """
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return _func_transforms() or forward_ad._current_level >= 0
 
 
 def check_in_place(op: str, name: str, target: torch.Tensor, *others: torch.Tensor | None) -> None:
     """Raises ``RuntimeError`` where vmap has batched what is to be written into a tensor, but not the tensor."""
-    if not torch._C._are_functorch_transforms_active():
+    if not _func_transforms():
         return
     if set().union(*(_batched_levels(tensor) for tensor in others if tensor is not None)) - _batched_levels(target):
         raise RuntimeError(
@@ -314,6 +315,7 @@ def dtype_why_not(*tensors: torch.Tensor) -> str | None:
     return None
 
 
+_Tensor, _strided = torch.Tensor, torch.strided  # looked up once: every call asks for them
 _FLOATING = frozenset((*DTYPE_CODES, torch.float64))
 _INTEGERS = (int, np.integer, torch.SymInt)
 _NUMBERS = (*_INTEGERS, float, np.floating, torch.SymFloat)
@@ -333,10 +335,10 @@ def check_tensors(op: str, names: Sequence[str], tensors: Sequence[object], opti
 def check_floats(op: str, names: Sequence[str], tensors: Sequence[object], optional: bool = False) -> None:
     """As ``check_tensors``, and ``ValueError`` for another dtype than float16, bfloat16, float32 and float64."""
     for name, tensor in zip(names, tensors, strict=True):
-        if isinstance(tensor, torch.Tensor):
+        if isinstance(tensor, _Tensor):
             if tensor.dtype not in _FLOATING:
                 raise ValueError(f"{op}: {name} is {tensor.dtype}, give a floating-point tensor of 16, 32 or 64 bits.")
-            if tensor.layout is not torch.strided:
+            if tensor.layout is not _strided:
                 raise ValueError(f"{op}: {name} is a {tensor.layout} tensor, give a dense one.")
         elif tensor is not None or not optional:
             raise TypeError(f"{op}: {name} is {type(tensor).__name__}, give a tensor.")
