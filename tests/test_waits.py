@@ -100,7 +100,8 @@ class TestNothingWaits:
         assert 1000 < waits.launches <= 1668
 
     def test_nor_for_a_label(self) -> None:
-        var = SimpleNamespace(num_classes=10, lvl_1L=torch.zeros(1, device="meta"))
+        uniform = torch.full((1, 10), 0.1, device="meta")
+        var = SimpleNamespace(num_classes=10, lvl_1L=torch.zeros(1, device="meta"), uniform_prob=uniform)
         with Waits():
             assert draw_labels(var, 1, None).shape == (1,)
             assert draw_labels(var, 3, None).shape == (3,)
@@ -117,6 +118,12 @@ class TestNothingWaits:
             with pytest.raises((AssertionError, NotImplementedError)):
                 x.cpu()
 
+    def test_labels_of_the_device_are_not_read(self) -> None:
+        _, var = tiny()
+        var.to("meta")
+        with Waits():
+            assert check_labels(var, 2, torch.zeros(2, dtype=torch.int32, device="meta")).dtype == torch.int64
+
     def test_labels_of_the_host_are_checked_there(self) -> None:
         _, var = tiny()
         var.to("meta")
@@ -128,10 +135,10 @@ class TestNothingWaits:
 
     @pytest.mark.parametrize("classes", [1, 2, 10, 1000])
     def test_a_label_is_drawn_as_multinomial_draws(self, classes: int) -> None:
-        var = SimpleNamespace(num_classes=classes, lvl_1L=torch.zeros(1))
+        uniform = torch.full((1, classes), 1.0 / classes)
+        var = SimpleNamespace(num_classes=classes, lvl_1L=torch.zeros(1), uniform_prob=uniform)
         for seed in range(20):
             a, b = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
-            uniform = torch.full((1, classes), 1.0 / classes)
             want = torch.multinomial(uniform, 1, replacement=True, generator=b).view(1)
             assert torch.equal(draw_labels(var, 1, a), want)
             assert torch.equal(a.get_state(), b.get_state())

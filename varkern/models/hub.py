@@ -9,6 +9,7 @@ from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
 from varkern.models.checkpoint import load_checkpoint, save_state
+from varkern.models.plain import fusable
 from varkern.models.schedule import PATCH_NUMS_256
 from varkern.models.var import VAR
 from varkern.models.vqvae import VQVAE
@@ -16,6 +17,7 @@ from varkern.models.vqvae import VQVAE
 WEIGHTS, VAE_WEIGHTS = "model.safetensors", "vae.safetensors"
 
 
+@fusable
 class VARHF(
     VAR,
     PyTorchModelHubMixin,

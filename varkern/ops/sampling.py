@@ -44,8 +44,11 @@ __all__ = [
 _MAX_V = 1 << 24  # as many categories as torch.multinomial takes
 
 
-def guided_logits_reference(logits: Tensor, guidance: float) -> Tensor:
-    """Classifier-free guidance: logits (2B, n, V), conditional rows first -> ``(1 + t) * cond - t * uncond``."""
+def guided_logits_reference(logits: Tensor, guidance: float | Tensor) -> Tensor:
+    """Classifier-free guidance: logits (2B, n, V), conditional rows first -> ``(1 + t) * cond - t * uncond``.
+
+    guidance: t, or (B, 1, 1).
+    """
     cond, uncond = logits.chunk(2)
     return (1 + guidance) * cond - guidance * uncond
 
