@@ -371,7 +371,7 @@ BAD = {
     "groups": ({"norm": lambda n: n._replace(groups=3)}, "norm: num_groups is 3, give a divisor of the 16"),
     "no_groups": ({"norm": lambda n: n._replace(groups=0)}, "norm: num_groups is 0"),
     "residual_channels": ({"residual": lambda r: r[:, :1]}, "residual has shape (1, 1, 8, 8)"),
-    "residual_size": ({"residual": lambda r: r[..., :4]}, "residual is 8 x 4, the result 8 x 8"),
+    "residual_size": ({"residual": lambda r: r[..., :4]}, "shape (1, 16, 8, 4), give the result's, (1, 16, 8, 8)"),
     "dtypes": ({"weight": lambda w: w.half()}, "weight is torch.float16 on cpu and x torch.float32 on cpu"),
     "devices": ({"bias": lambda b: b.to("meta")}, "bias is torch.float32 on meta and x torch.float32 on cpu"),
     "integers": ({name: lambda t: t.int() for name in ("x", "weight", "bias", "residual")}, "x is torch.int32"),

@@ -241,7 +241,7 @@ BAD = {
         "shift is torch.float16 (2, 1, 8) and gate",
     ),
     "another_device": (lambda a: a | {"h": a["h"].to("meta")}, "h is on meta and x on cpu, use one device"),
-    "integers": (lambda a: a | {"h": a["h"].int()}, "h torch.int32 and gate torch.float32, give floating-point"),
+    "integers": (lambda a: a | {"h": a["h"].int()}, "h is torch.int32, give a floating-point tensor"),
 }
 
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from graph_standin import model
+from op_cases import CASES, tensors_of
 from test_models import tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -70,6 +71,20 @@ class TestNothingWaits:
             phi = quantize.Phi(torch.empty(8, 8, 3, 3), torch.empty(8), 0.5)
             assert quantize.next_scale_input_reference(f_hat, codes, phi, (3, 3))[0] is f_hat
         assert waits.count > 30
+
+    @pytest.mark.parametrize("name", CASES)
+    def test_nor_in_any_op(self, name: str) -> None:
+        """Nor on the way to it: the reference of every op, as its public function calls it."""
+        case = CASES[name]
+        inputs = [t.to("meta") for t in case.fresh()]
+        with torch.no_grad(), varkern.use_backend("reference"), Waits():
+            case.function(*inputs)
+        if case.differentiable:
+            leaves = [t.requires_grad_() if i in case.differentiable else t for i, t in enumerate(inputs)]
+            used = [t.clone() if i == case.writes else t for i, t in enumerate(leaves)]
+            with varkern.use_backend("reference"), Waits():
+                out = next(t for t in tensors_of(case.function(*used)) if t.requires_grad)
+                torch.autograd.grad(out.sum(), [leaves[i] for i in case.differentiable], allow_unused=True)
 
     def test_launches_of_an_image(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """What docs/performance.md counts; an op that is computed by several kernels is one."""
