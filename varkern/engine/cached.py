@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -51,10 +51,9 @@ def may_fuse(block: nn.Module) -> bool:
 
 def may_fuse_head(var: VAR) -> bool:
     """Whether the engine may do without `VAR.get_logits`: the head is affine, its norm the one that was built."""
-    own: Any = vars(var).get("get_logits") or type(var).get_logits
     norm = var.head_nm
     return (
-        own is VAR.get_logits
+        getattr(var.get_logits, "__func__", None) is VAR.get_logits
         and isinstance(var.head, nn.Linear)
         and is_plain(var.head)
         and is_plain(norm)

@@ -5,8 +5,9 @@ Shapes: B batch, L = sum of p_k^2 positions, C width, V codes, Cv code width. ``
 
 import itertools
 import math
-from collections.abc import Sequence
-from typing import Any, cast
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,9 @@ from varkern.ops.attention_peers import check_attention
 from varkern.ops.attention_reference import block_causal_mask, cached_block_causal_mask
 
 __all__ = ["VAR", "AdaLNSelfAttn", "SharedAdaLin", "gumbel_softmax_with_rng", "sample_with_top_k_top_p_"]
+
+
+T = TypeVar("T")
 
 
 def _trunc_normal(*shape: int, std: float) -> Tensor:
@@ -296,6 +300,26 @@ class VAR(nn.Module):
             raise ValueError(
                 f"labels on {labels.device}, inputs on {x.device}, model on {self.pos_start.device}; move them together"
             )
+
+    def run_gathered(self, call: Callable[[], T]) -> T:
+        """``call()``, for a model that `fully_shard` has sharded: as a whole, or in its blocks.
+
+        The model's own parameters are gathered as in a forward pass; blocks, which are called, gather theirs.
+        """
+        fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+        sharded = [] if fsdp is None else [module for module in self.modules() if isinstance(module, fsdp.FSDPModule)]
+        if not sharded:
+            return call()
+        if "_run" not in vars(self):
+            fsdp.register_fsdp_forward_method(self, "_run")
+        try:
+            return self._run(call)
+        finally:  # a forward pass leaves that to the backward pass, and until then `parameters` gives copies
+            for module in sharded:
+                module.reshard()
+
+    def _run(self, call: Callable[[], T]) -> T:
+        return call()
 
     def autoregressive_infer_cfg(
         self,
