@@ -157,7 +157,7 @@ def test_threads_are_not_disturbed_by_bad_calls_or_streams(var: varkern.VAR) -> 
         for i in range(rounds):
             calls: list[Callable[[], object]] = [
                 lambda i=i: varkern.generate(var, 2, 5 + i, i),
-                lambda: varkern.generate(var, 1, 0, 0, top_p=2.0),
+                lambda: varkern.generate(var, 1, 0, 0, cfg=float("nan")),
                 lambda: ops.sample_tokens(poisoned),
                 lambda: var.get_logits(torch.zeros(1, 1, 3), torch.zeros(1, var.C)),
                 lambda: var.blocks[0](torch.zeros(1, 1, var.C), torch.zeros(2, var.C), None),

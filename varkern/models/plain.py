@@ -89,9 +89,14 @@ def _untouched(kind: type[nn.Module], entries: dict[str, Any]) -> bool:
     if made is None or kind.forward is not made.forward or nn.Module.__call__ is not _CALL:
         return False
     for hooks in _GLOBAL_HOOKS:
-        if hooks:
+        if hooks and not all(map(_only_looks, hooks.values())):
             return False
     return made.names.isdisjoint(entries)
+
+
+def _only_looks(hook: object) -> bool:
+    """Whether a hook of every module is FlopCounterMode's, which is to count the products of a fused path."""
+    return type(getattr(hook, "__self__", None)).__module__ == "torch.utils.module_tracker"
 
 
 def _foreign(hooks: Iterable[Any]) -> bool:
