@@ -73,8 +73,8 @@ def load(
 
     Args:
         checkpoint: a directory written by ``save_pretrained``; a weights file of the transformer (``.pth``,
-            safetensors, or a trainer's checkpoint; its configuration is read from the shapes); a Hub repository id; or None: the
-            bundled model of handwritten digits.
+            safetensors, or a trainer's checkpoint; its configuration is read from the shapes); a Hub repository id; or
+            None: the bundled model of handwritten digits.
         vae: the tokenizer where ``checkpoint`` has none: a weights file, a directory of tokenizer training or of a
             model, or a Hub repository.
         device, dtype: where to put both, and in which floating-point type.

@@ -133,7 +133,7 @@ def refuse(name: object, module: nn.Module, problems: list[str]) -> None:
     """Raises CheckpointError with the first of the problems, where there are any."""
     if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise CheckpointError(f"{name} does not fit {type(module).__name__}: " + "; ".join(sorted(problems)[:3]) + more)
+        raise CheckpointError(f"{name} does not fit {type(module).__name__}: " + "; ".join(problems[:3]) + more)
 
 
 def _own(module: nn.Module) -> dict[str, Tensor]:
@@ -163,27 +163,31 @@ def _derived(module: nn.Module, own: StateDict) -> dict[str, Tensor]:
 
 
 def misfits(module: nn.Module, state: StateDict) -> list[str]:
-    """What keeps a state dict from being this module's, whose own tensors may be on the meta device."""
-    own, problems = _own(module), []
+    """What keeps a state dict from being this module's, whose own tensors may be on the meta device.
+
+    Values are looked at only where names and shapes are right.
+    """
+    own = _own(module)
     derived, var = _derived(module, own), _transformer(module)
     known, optional = set(own), {*derived, HITS}
     if LEVELS in derived:
         known.add(MASK)
         optional.add(MASK)
     missing, unknown = own.keys() - state.keys() - optional, state.keys() - known
-    if missing:
-        problems.append(f"it lacks {_some(missing)}")
-    if unknown:
-        problems.append(f"the model has no {_some(unknown)}")
-    for name in known & state.keys():
+    problems = [f"it lacks {_some(missing)}"] if missing else []
+    problems += [f"the model has no {_some(unknown)}"] if unknown else []
+    for name in sorted(own.keys() & state.keys()):
+        given = tuple(state[name].shape) if isinstance(state[name], Tensor) else None
+        if given is not None and given != tuple(own[name].shape) and name != HITS:
+            problems.append(f"{name} is {given} where the model has {tuple(own[name].shape)}")
+    if problems:
+        return problems
+    for name in sorted(known & state.keys()):
         value = state[name]
         if not isinstance(value, Tensor) or not _plain(value):
             problems.append(f"{name} is {_described(value)}; a plain tensor with its values is needed")
         elif name == MASK and var is not None:
             problems += _wrong_mask(value, var)
-        elif value.shape != own[name].shape:
-            if name != HITS:
-                problems.append(f"{name} is {tuple(value.shape)} where the model has {tuple(own[name].shape)}")
         elif name in derived:
             if value.is_complex() or not torch.equal(value.cpu().double(), derived[name].double()):
                 right = f"the scales of patch_nums {var.patch_nums}" if name == LEVELS and var else "zero"

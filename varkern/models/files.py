@@ -170,7 +170,7 @@ def _read_torch(path: Path, mapped: bool) -> Any:
         with torch.serialization.safe_globals(_HARMLESS):
             return torch.load(str(path), map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch.load raises many types, by the place where the damage shows
-        unsafe = re.search(r"Unsupported global: GLOBAL (\S+)|Trying to call reduce for unrecognized", str(error))
+        unsafe = re.search(r"(?:unsupported|Unsupported global:) GLOBAL (\S+)|(unrecognized) function", str(error))
         if unsafe:
             what = f" ({unsafe[1]})" if unsafe[1] else ""
             cause = f"it holds more than tensors{what}, and running what it holds is refused"
@@ -179,7 +179,7 @@ def _read_torch(path: Path, mapped: bool) -> Any:
 
 
 def _first_line(error: Exception) -> str:
-    text = re.sub(r"Weights only load failed.*Please file an issue[^\n]*", "", str(error), flags=re.DOTALL)
+    text = str(error).split("WeightsUnpickler error:")[-1]  # before it torch explains weights_only
     line = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
     return line if len(line) <= 160 else line[:157] + "..."
 

@@ -90,7 +90,7 @@ def load_tokenizer(source: PathLike, patch_nums: Sequence[int] | None = None, **
     contents = read_file(weights)
     kinds = {model.kind for model in models_in(contents.value)}
     if kinds == {"VAR"}:
-        raise CheckpointError(f"{weights} holds a transformer alone; name the tokenizer's weights (vae=...)")
+        raise CheckpointError(f"{weights} is not a checkpoint of VQVAE: it holds a transformer alone")
     state = state_of(contents, "VQVAE", str(weights))
     config, where = _vae_settings(weights, contents, state, strict=path.is_dir())
     if patch_nums is None:
@@ -132,7 +132,9 @@ def find_model(
     contents = read_file(weights)
     kinds = {model.kind for model in models_in(contents.value)}
     if kinds == {"VQVAE"}:
-        raise CheckpointError(f"{source} is a tokenizer alone; name the transformer, and the tokenizer by vae=...")
+        raise CheckpointError(
+            f"{weights} is not a checkpoint of VAR: it lacks 'pos_start', being a tokenizer alone; name the transformer's"
+        )
     state = state_of(contents, "VAR", str(weights))
     vae_weights = _tokenizer_of(source, path, weights, "VQVAE" in kinds, other)
     settings, where = _var_settings(weights, contents, state, strict=path.is_dir())
