@@ -132,9 +132,7 @@ def find_model(
     contents = read_file(weights)
     kinds = {model.kind for model in models_in(contents.value)}
     if kinds == {"VQVAE"}:
-        raise CheckpointError(
-            f"{weights} is not a checkpoint of VAR: it lacks 'pos_start', being a tokenizer alone; name the transformer's"
-        )
+        raise CheckpointError(f"{weights} is not a checkpoint of VAR: it lacks 'pos_start'; it is a tokenizer alone")
     state = state_of(contents, "VAR", str(weights))
     vae_weights = _tokenizer_of(source, path, weights, "VQVAE" in kinds, other)
     settings, where = _var_settings(weights, contents, state, strict=path.is_dir())
