@@ -70,7 +70,7 @@ def _notes() -> Iterator[None]:
             else:
                 show(message, category, *where, **more)
 
-        warnings.showwarning = tell  # type: ignore[assignment]
+        warnings.showwarning = tell
         yield
 
 
