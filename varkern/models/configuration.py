@@ -6,13 +6,14 @@ larger than the weights are.
 
 import inspect
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from varkern.models.files import CheckpointError
+from varkern.models.files import CheckpointError, CheckpointWarning
 from varkern.models.schedule import PATCH_NUMS_256, PATCH_NUMS_512, as_patch_nums, patch_nums_of_lengths
 from varkern.models.var import VAR
 from varkern.models.vqvae import VQVAE
@@ -84,7 +85,16 @@ def var_config(
     }
     if l2_norm:
         told["num_heads"] = shapes.of(scale, 4)[1]
-    heads = told.get("num_heads", config.get("num_heads", width // 64))
+    elif "num_heads" not in config:
+        if width % 64:
+            raise CheckpointError(
+                f"nothing tells the heads of width {width}; num_heads in a config.json beside it would"
+            )
+        config["num_heads"] = width // 64
+        warnings.warn(
+            f"nothing tells the number of heads; {width // 64} of size 64 are taken", CheckpointWarning, stacklevel=4
+        )
+    heads: Any = told.get("num_heads", config.get("num_heads"))
     if not _whole(heads) or heads < 1 or width % heads:
         raise CheckpointError(f"num_heads is {_short(heads)} in {where}: it does not divide the width, {width}")
     merged = _merged(config, told, VAR, where, ignored=_FOREIGN)

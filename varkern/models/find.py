@@ -274,8 +274,8 @@ def _var_settings(weights: Path, contents: Contents, state: StateDict, strict: b
         return read_json(beside), str(beside)
     told = _told(contents)
     settings = _trained(contents, "TransformerConfig")
-    if settings.get("heads"):
-        told["num_heads"] = settings["heads"]
+    if "heads" in settings:
+        told["num_heads"] = settings["heads"] or state["pos_start"].shape[-1] // 64
     return told, str(weights)
 
 
