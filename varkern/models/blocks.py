@@ -100,7 +100,7 @@ class SelfAttention(nn.Module):
         self.attn_l2_norm = attn_l2_norm
         self.scale = 1.0 if attn_l2_norm else 0.25 / self.head_dim**0.5
         if attn_l2_norm:
-            self.scale_mul_1H11 = nn.Parameter(torch.full((1, num_heads, 1, 1), 4.0).log())
+            self.scale_mul_1H11 = nn.Parameter(torch.full((1, num_heads, 1, 1), math.log(4.0)))
         self.mat_qkv = nn.Linear(embed_dim, 3 * embed_dim, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(embed_dim))
         self.v_bias = nn.Parameter(torch.zeros(embed_dim))

@@ -247,7 +247,10 @@ def _copy(own: StateDict, state: StateDict) -> None:
 def _finite(value: Tensor) -> bool:
     if not value.is_floating_point() or not value.numel():
         return True
-    low, high = value.detach().aminmax()  # both are NaN where one value is
+    value = value.detach()
+    if value.sum().isfinite():  # the quicker test, but a sum may overflow
+        return True
+    low, high = value.aminmax()  # both are NaN where one value is
     return bool(low.isfinite() & high.isfinite())
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from varkern.models.checkpoint import HITS, StateDict, load_checkpoint, misfits, refuse, state_of
 from varkern.models.configuration import checked_schedule, fits, var_config, vqvae_config
@@ -172,18 +173,36 @@ def find_model(
 def _build(
     make: Callable[[], M], parts: Callable[[M], tuple[tuple[nn.Module, StateDict, Path], ...]], where: str | Path
 ) -> M:
-    """What ``make`` makes, with its weights; first on the meta device, where a wrong size costs no memory."""
+    """What ``make`` makes, with its weights; first on the meta device, where a wrong size costs no memory.
+
+    The initial values are never drawn: the global generator stays where it is.
+    """
     try:
-        with torch.device("meta"):
-            sketch = make()
+        with torch.device("meta"), _NoDraws():
+            model = make()
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise CheckpointError(f"no model can be built as {where} says: {error}") from error
-    for module, state, path in parts(sketch):
-        refuse(path, module, misfits(module, state))
-    model = make()
     for module, state, path in parts(model):
+        refuse(path, module, misfits(module, state))
+    if type(model).__module__.partition(".")[0] != "varkern":  # what else it has may not be among its weights
+        model = make()
+    for module, state, path in parts(model):
+        if any(value.is_meta for value in module.parameters()):
+            module.to_empty(device=torch.get_default_device())
+            for buffer in module.buffers():
+                buffer.zero_()
         load_checkpoint(module, state, str(path))
     return model
+
+
+class _NoDraws(TorchFunctionMode):
+    """Leaves initial values out: on the meta device they have no effect but to import modules for a second."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        filled = args[0] if args else kwargs.get("tensor")  # as torch.nn.init passes it
+        fills = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
+        return filled if fills and isinstance(filled, Tensor) else func(*args, **kwargs)
 
 
 def _names(model: type) -> list[str]:

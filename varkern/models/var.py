@@ -123,7 +123,7 @@ class VAR(nn.Module):
             )
             for drop_path in drop_paths
         )
-        scale_of = torch.cat([torch.full((p * p,), k) for k, p in enumerate(self.patch_nums)])
+        scale_of = torch.tensor([k for k, p in enumerate(self.patch_nums) for _ in range(p * p)])
         self.register_buffer("lvl_1L", scale_of.view(1, self.L))
         self.head_nm = AdaLNBeforeHead(embed_dim, embed_dim, norm_eps)
         self.head = nn.Linear(embed_dim, self.V)
