@@ -1,16 +1,55 @@
 """Building models: by size, from a checkpoint, or the one that comes with the package."""
 
+import contextlib
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from importlib.resources import files
+from typing import Any
 
 import torch
+from torch import nn
 
 from varkern.models.find import find_model
 from varkern.models.hub import VARHF
 from varkern.models.schedule import PATCH_NUMS_256
 from varkern.models.var import VAR
 from varkern.models.vqvae import VQVAE
+
+_CONVOLUTIONS = nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d
+_QUIET: tuple[Any, ...] = (nn.Linear, nn.LayerNorm, nn.BatchNorm2d, nn.SyncBatchNorm, *_CONVOLUTIONS)
+_building = threading.RLock()
+
+
+@contextlib.contextmanager
+def _quiet_initialisation(device: torch.device) -> Iterator[None]:
+    """Within the block the default initialisation of these layers leaves the global generators where they are.
+
+    The published constructor switches it off, so that a seed gives what its own draws give and nothing else. Here the
+    layers are initialised all the same, lest a convolution keep what was in its memory.
+    """
+    devices = [device] if device.type == "cuda" else []
+
+    def quiet(reset: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
+        def reset_parameters(self: nn.Module) -> None:
+            with torch.random.fork_rng(devices):
+                reset(self)
+
+        return reset_parameters
+
+    with _building:
+        resets = {kind: kind.reset_parameters for kind in _QUIET}
+        own = {kind for kind in _QUIET if "reset_parameters" in vars(kind)}  # others inherit it
+        try:
+            for kind, reset in resets.items():
+                kind.reset_parameters = quiet(reset)
+            yield
+        finally:
+            for kind, reset in resets.items():
+                if kind in own:
+                    kind.reset_parameters = reset
+                else:
+                    del kind.reset_parameters
 
 
 def build_vae_var(
@@ -31,8 +70,13 @@ def build_vae_var(
     init_head: float = 0.02,
     init_std: float = -1,
 ) -> tuple[VQVAE, VAR]:
-    """The published models by depth: ``depth`` heads of size 64, the tokenizer frozen, weights initialised."""
-    with torch.device(device):
+    """The published models by depth: ``depth`` heads of size 64, the tokenizer frozen, weights initialised.
+
+    After ``torch.manual_seed`` the transformer's weights and the codebook are those of the published constructor, and
+    so is what the global generator gives next. The tokenizer's convolutions, which it leaves uninitialised, have
+    PyTorch's default initialisation.
+    """
+    with torch.device(device), _quiet_initialisation(torch.device(device)):
         vae = VQVAE(
             vocab_size=V,
             z_channels=Cvae,

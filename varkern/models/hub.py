@@ -10,11 +10,13 @@ from huggingface_hub import PyTorchModelHubMixin
 
 from varkern.models.checkpoint import save_state
 from varkern.models.find import VAE_WEIGHTS, WEIGHTS, find_model, metadata_of
+from varkern.models.plain import fusable
 from varkern.models.schedule import PATCH_NUMS_256
 from varkern.models.var import VAR
 from varkern.models.vqvae import VQVAE
 
 
+@fusable
 class VARHF(
     VAR,
     PyTorchModelHubMixin,
