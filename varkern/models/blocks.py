@@ -4,6 +4,8 @@ Linear layers are always called, so that they may be anything (wrapped, adapted,
 other modules asks `varkern.models.plain` first.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
