@@ -187,12 +187,21 @@ def _build(
     if type(model).__module__.partition(".")[0] != "varkern":  # what else it has may not be among its weights
         model = make()
     for module, state, path in parts(model):
-        if any(value.is_meta for value in module.parameters()):
-            module.to_empty(device=torch.get_default_device())
-            for buffer in module.buffers():
-                buffer.zero_()
+        _give_memory(module)
         load_checkpoint(module, state, str(path))
     return model
+
+
+def _give_memory(module: nn.Module) -> None:
+    """Memory for what is on the meta device, zeros in buffers. (`to_empty` takes a second of imports to do it.)"""
+    for part in module.modules():
+        for name, value in part._parameters.items():
+            if value is not None and value.is_meta:
+                empty = torch.empty(value.shape, dtype=value.dtype)
+                part._parameters[name] = nn.Parameter(empty, requires_grad=value.requires_grad)
+        for name, buffer in part._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                part._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)
 
 
 class _NoDraws(TorchFunctionMode):
