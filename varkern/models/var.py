@@ -78,7 +78,7 @@ class VAR(nn.Module):
         fused_if_available: bool = True,
     ) -> None:
         super().__init__()
-        if embed_dim % num_heads:
+        if num_heads < 1 or embed_dim % num_heads:
             raise ValueError(f"embed_dim={embed_dim} is not divisible by num_heads={num_heads}")
         self.patch_nums = as_patch_nums(patch_nums)
         if self.patch_nums != vae_local.quantize.v_patch_nums:
@@ -136,7 +136,7 @@ class VAR(nn.Module):
             )
             for i, drop_path in enumerate(drop_paths)
         )
-        scale_of = torch.cat([torch.full((p * p,), k, dtype=torch.int64) for k, p in enumerate(self.patch_nums)])
+        scale_of = torch.tensor([k for k, p in enumerate(self.patch_nums) for _ in range(p * p)])
         self.register_buffer("lvl_1L", scale_of.view(1, self.L))
         self.head_nm = AdaLNBeforeHead(embed_dim, embed_dim, norm_eps)
         self.head = nn.Linear(embed_dim, self.V)
@@ -189,6 +189,14 @@ class VAR(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         _, strict, missing, unexpected, errors = args
+        levels = state_dict.get(prefix + "lvl_1L")
+        if levels is not None and levels.device.type != "meta" and levels.shape == self.lvl_1L.shape:
+            right = torch.arange(len(self.patch_nums), device=levels.device).repeat_interleave(
+                torch.tensor(self.scale_lengths, device=levels.device)
+            )
+            if not torch.equal(levels[0].double(), right.double()):
+                errors.append(f"{prefix}lvl_1L does not number the scales of patch_nums {self.patch_nums}")
+            state_dict[prefix + "lvl_1L"] = right.view(1, -1)  # integers, though the dict may be cast as a whole
         super()._load_from_state_dict(state_dict, prefix, *args)
         key = prefix + "attn_bias_for_masking"
         mask = state_dict.get(key)
