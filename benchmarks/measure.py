@@ -7,6 +7,7 @@ ratios within the rounds. Slow calls get fewer rounds.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import os
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 
 from varkern.engine import clear_graphs
+from varkern.ops._precision import full_float32
 
 Call = Callable[[], Any]
 
@@ -52,6 +54,18 @@ class Settings:
 
 
 settings = Settings()
+_checks = contextlib.ExitStack()
+
+
+def begin_checks() -> None:
+    """Until the next measurement, or ``end_checks``, a GPU computes float32 in full: TF32 is no measure of a result."""
+    if torch.cuda.is_available():
+        _checks.enter_context(full_float32())
+
+
+def end_checks() -> None:
+    """From here on as PyTorch does left alone: so people run it, and so it is timed."""
+    _checks.close()
 
 
 @dataclass(frozen=True)
@@ -205,6 +219,7 @@ def measure(
 
     moved, flop: the bytes that the computation has to move at least, and the operations that it has to do.
     """
+    end_checks()
     now = ceilings(device, dtype)
     seconds = interleave(calls, device)
     baseline, floor, rows = seconds[next(iter(calls))], now.floor(moved, flop), {}
@@ -224,4 +239,5 @@ def measure(
             "rounds": len(samples),
             "ceilings": [now.bytes_s / 1e9, now.flop_s / 1e9],
         }
+    begin_checks()
     return rows

@@ -1,4 +1,4 @@
-"""Triton kernels, installed as ``varkern.kernels``: a leaf that knows nothing of the rest of the package.
+"""Triton kernels, installed as ``varkern.kernels``: a leaf that knows nothing else of the package but ``_kept``.
 
 Importing this package does not import triton; its modules do, so ask ``unavailable()`` first or import them where a
 call has been found to need them. Each module has its kernels, one Python function an op that launches them, and

@@ -16,6 +16,8 @@ from itertools import accumulate
 
 import torch
 
+from varkern._kept import kept
+
 from . import Case
 
 Tiles = tuple[tuple[int, int], ...]
@@ -101,19 +103,19 @@ def key_tiles(lengths: tuple[int, ...], BLOCK_M: int, BLOCK_N: int) -> Tiles:
     return _cut(lengths, BLOCK_N, lambda start, _: -(-(ends[-1] - begins[bisect_right(ends, start)]) // BLOCK_M))
 
 
-@functools.lru_cache(maxsize=256)
+@kept
 def to_device(tiles: Tiles, device: torch.device) -> torch.Tensor:
-    """Tiles as kernels read them, int32 (number, 2); kept, so that a schedule is copied once."""
+    """Tiles as kernels read them, int32 (number, 2)."""
     return torch.tensor(tiles, dtype=torch.int32, device=device)
 
 
-@functools.lru_cache(maxsize=64)
+@kept
 def scale_bounds(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """int32 (2, L): where the scale of each row begins and ends; kept as above."""
+    """int32 (2, L): where the scale of each row begins and ends."""
     sizes = torch.tensor(lengths, dtype=torch.int64, device="cpu")
     ends = sizes.cumsum(0)
     bounds = torch.stack((ends - sizes, ends)).to(torch.int32)
-    return bounds.repeat_interleave(sizes, dim=1).to(device)
+    return bounds.repeat_interleave(sizes, dim=1, output_size=sum(lengths)).to(device)
 
 
 CASES: list[Case] = []  # there is no kernel here

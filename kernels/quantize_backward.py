@@ -285,7 +285,7 @@ def residual_quantize_backward(
         grad_up, schedule, grad_codes, B, H, W, L, **block, BLOCK_N=_BLOCK_N, PRECISION=PRECISION, **_OPTIONS
     )
     codes, order = torch.sort(indices.flatten(), stable=True)
-    begin = torch.searchsorted(codes, torch.arange(V + 1, device=codes.device))
+    begin = torch.searchsorted(codes, torch.arange(V + 1, dtype=codes.dtype, device=codes.device))
     grad_codebook = grad.new_empty((V, Cv))
     codebook_gradient_kernel[(V,)](grad_codes, order, begin, grad_codebook, **block, **_OPTIONS)
     return grad_codebook, grad_weight, grad_bias

@@ -8,12 +8,13 @@ where they are needed: source coordinates are ratios of small integers, so their
 # (Triton gives the parameters of its functions their types.)
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
+
+from varkern._kept import kept
 
 from . import Case
 
@@ -39,9 +40,9 @@ def spatial_weight(phi_weight: torch.Tensor) -> torch.Tensor:
     return phi_weight.permute(0, 3, 4, 2, 1).reshape(n, 9, Cv, Cv).contiguous()
 
 
-@functools.cache
+@kept
 def plan(device: torch.device, rows: tuple[tuple[int, ...], ...]) -> torch.Tensor:
-    """Integers that a kernel reads, int32 on a device; copied once and never freed: CUDA graphs hold the address."""
+    """Integers that a kernel reads, int32 on a device."""
     return torch.tensor(rows, dtype=torch.int32, device=device)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 import varkern
 from varkern import edit, ops
 from varkern.engine import Keep
+from varkern.ops.conv import Norm
 from varkern.ops.quantize_reference import Phi
 
 PATCH_NUMS = (1, 2, 4)
@@ -64,6 +65,30 @@ def _logits(rng: random.Random) -> tuple[Tensor, float | None]:
 
 def _norm() -> dict[str, Any]:
     return {"x": torch.randn(2, 3, 8), "scale": torch.randn(2, 1, 8), "shift": torch.randn(2, 1, 8), "eps": 1e-6}
+
+
+def _gated() -> dict[str, Any]:
+    return {"x": torch.randn(2, 3, 8), "h": torch.randn(2, 3, 8), "gate": torch.randn(2, 1, 8)} | {
+        name: value for name, value in _norm().items() if name != "x"
+    }
+
+
+def _maps() -> dict[str, Any]:
+    """Of a group norm."""
+    affine = {"weight": torch.randn(8), "bias": torch.randn(8)}
+    return {"x": torch.randn(2, 8, 4, 4), **affine, "num_groups": 4, "eps": 1e-6}
+
+
+def _convolution(rng: random.Random) -> dict[str, Any]:
+    side = rng.choice((4, 16))  # the CPU's kernel takes the larger one by itself
+    upsample = rng.random() < 0.5
+    return {
+        "x": torch.randn(2, 4, side, side),
+        "weight": torch.randn(6, 4, 3, 3),
+        "bias": torch.randn(6),
+        "residual": torch.randn(2, 6, side << upsample, side << upsample),
+        "upsample": upsample,
+    }
 
 
 def _cached() -> dict[str, Any]:
@@ -122,6 +147,14 @@ def public_ops(rng: random.Random) -> list[Callable[[], Call]]:
     scales = {"phis": lambda: _phis(rng, 3), "sizes": lambda: list(SIZES)}
     return [
         lambda: Call("modulated_layer_norm", ops.modulated_layer_norm, _norm()),
+        lambda: Call("gated_residual_layer_norm_", ops.gated_residual_layer_norm_, _gated()),
+        lambda: Call("group_norm_silu", ops.group_norm_silu, _maps() | {"silu": True}),
+        lambda: Call("group_norm_affine", ops.group_norm_affine, _maps()),
+        lambda: Call(
+            "conv3x3",
+            ops.conv3x3,
+            _convolution(rng) | {"norm": rng.choice((Norm(torch.randn(4), torch.randn(4), 2, 1e-6), None))},
+        ),
         lambda: Call("cached_attention", ops.cached_attention, _cached()),
         lambda: Call(
             "block_causal_attention",
@@ -211,6 +244,13 @@ def direct_ops(rng: random.Random, backend: str | None) -> list[Callable[[], Cal
         lambda: call("modulated_layer_norm", _norm()),
         lambda: call("modulated_layer_norm_forward", _norm()),
         lambda: call("modulated_layer_norm_backward", norm_backward()),
+        lambda: call("gated_residual_layer_norm_", _gated()),
+        lambda: call("group_norm_silu", _maps() | {"silu": True}),
+        lambda: call("group_norm_affine", _maps()),
+        lambda: call(
+            "conv3x3",
+            _convolution(rng) | {"norm_weight": torch.randn(4), "norm_bias": torch.randn(4), "groups": 2, "eps": 1e-6},
+        ),
         lambda: call("cached_attention", _cached()),
         lambda: call("block_causal_attention", _attention() | {"lengths": [1, 4], "softmax_scale": 0.3}),
         lambda: call("block_causal_attention_backward", attention_backward()),

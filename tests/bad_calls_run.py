@@ -54,6 +54,7 @@ LEGAL |= {("mask", "8-bit float"), ("mask", "other dtype"), ("cond_BD", "rank"),
 LEGAL |= {("following", "empty list"), ("following", "no list"), ("noise", "no tensor")}
 LEGAL |= {(name, "huge number") for name in ("seed", "g_seed", "labels", "label_B", "label")}
 LEGAL |= {("seed", "no list"), ("max_batch", "no number"), ("guidance", "no number")}
+LEGAL |= {("residual", "no tensor"), ("bias", "no tensor"), ("norm", "no list"), ("softmax_scale", "no number")}
 ENGINE_ONLY = "a seed for each image needs the engine"  # what the reference does not have at all
 CLEAR = (ValueError, TypeError, RuntimeError, IndexError)
 MEMORY = 24 << 30  # of address space: what asks for more gets an error and no machine that swaps

@@ -6,6 +6,7 @@ what has to see compiled kernels (``test_kernels_aot.py``) runs in processes of 
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -18,6 +19,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from varkern.ops import _library
+from varkern.ops._precision import full_float32
 
 _BACKENDS = ("cpu-reference", "cpu-cpu", "cpu-triton", "cuda-reference", "cuda-cuda", "cuda-triton")
 
@@ -41,6 +43,13 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
         pytest.skip(missing)
     with _library.use_backend(backend):
         yield probe.device
+
+
+@pytest.fixture(autouse=True)
+def _full_float32() -> Iterator[None]:
+    """Without TF32, which PyTorch's convolutions use on a GPU: what is compared with must be as exact as float32 is."""
+    with full_float32() if torch.cuda.is_available() else contextlib.nullcontext():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
 ``bad_values.py`` spoils arguments, ``bad_calls.py`` has the calls, ``bad_calls_run.py`` judges what comes of them.
 """
 
+import random
 import subprocess
 import sys
 import threading
@@ -11,12 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from bad_calls import tiny_model
+from bad_calls import direct_ops, public_ops, tiny_model
 from golden import load_golden
 
 import varkern
 from varkern import ops
 from varkern.engine import cached
+from varkern.ops._library import Op, library
 from varkern.ops.quantize_reference import Phi
 
 CALLS, SHARDS = 10_000, 4
@@ -32,6 +34,17 @@ def test_bad_calls(shard: int, tmp_path: Path) -> None:
     lines = journal.read_text().splitlines() if journal.exists() else []
     assert ended.returncode == 0, f"{ended.stdout}\n{ended.stderr[-4000:]}\nlast call: {lines[-1:]}"
     assert len(lines) == CALLS // SHARDS
+
+
+def test_every_op_is_called() -> None:
+    """Each registered op through its function and, with all operators of the library, directly."""
+    rng = random.Random(0)
+    public = {make().name for make in public_ops(rng)}
+    direct = {make().name.removeprefix("torch.ops.") for make in direct_ops(rng, None)}
+    assert set(Op.registry) <= public
+    operators = {name.split("::")[1].split(".")[0] for name in library._op_defs}
+    assert operators == direct
+    assert set(Op.registry) <= direct
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +157,7 @@ def test_threads_are_not_disturbed_by_bad_calls_or_streams(var: varkern.VAR) -> 
         for i in range(rounds):
             calls: list[Callable[[], object]] = [
                 lambda i=i: varkern.generate(var, 2, 5 + i, i),
-                lambda: varkern.generate(var, 1, 0, 0, top_p=2.0),
+                lambda: varkern.generate(var, 1, 0, 0, cfg=float("nan")),
                 lambda: ops.sample_tokens(poisoned),
                 lambda: var.get_logits(torch.zeros(1, 1, 3), torch.zeros(1, var.C)),
                 lambda: var.blocks[0](torch.zeros(1, 1, var.C), torch.zeros(2, var.C), None),

@@ -241,9 +241,8 @@ CHANGES = [
     restride,
     lambda var: var.bfloat16().float(),
     lambda var: setattr(var.blocks[0].attn, "scale", 0.5),
-    lambda var: setattr(var.blocks[0], "norm_eps", 0.5),
+    lambda var: setattr(var.blocks[0].ln_wo_grad, "eps", 0.5),
     lambda var: var.blocks[0].register_parameter("extra", None),
-    lambda var: setattr(var.blocks[0].attn, "forward", var.blocks[1].attn.forward),
 ]
 
 
@@ -258,6 +257,14 @@ class TestChangedModels:
         assert (recorder.captures, recorder.replays, recorder.released) == (3, 0, 2)
         varkern.generate(var, 1, 1, 1, cuda_graph=True)
         assert recorder.replays == 1
+
+    def test_a_patched_model_is_no_graph(self, var, recorder) -> None:
+        varkern.generate(var, 1, 1, 0, cuda_graph=True)
+        var.blocks[0].attn.forward = var.blocks[1].attn.forward
+        with pytest.raises(RuntimeError, match=r"blocks\.0\.attn is not as it was built"):
+            varkern.generate(var, 1, 1, 1, cuda_graph=True)
+        assert same(varkern.generate(var, 1, 1, 1), eager(var, 1, 1, 1))
+        assert (recorder.captures, recorder.replays) == (1, 0)
 
     def test_values_may_change(self, var, recorder) -> None:
         before = varkern.generate(var, 1, 1, 0, cuda_graph=True)

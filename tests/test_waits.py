@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from graph_standin import model
+from op_cases import CASES, tensors_of
 from test_models import tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -71,6 +72,20 @@ class TestNothingWaits:
             assert quantize.next_scale_input_reference(f_hat, codes, phi, (3, 3))[0] is f_hat
         assert waits.count > 30
 
+    @pytest.mark.parametrize("name", CASES)
+    def test_nor_in_any_op(self, name: str) -> None:
+        """Nor on the way to it: the reference of every op, as its public function calls it."""
+        case = CASES[name]
+        inputs = [t.to("meta") for t in case.fresh()]
+        with torch.no_grad(), varkern.use_backend("reference"), Waits():
+            case.function(*inputs)
+        if case.differentiable:
+            leaves = [t.requires_grad_() if i in case.differentiable else t for i, t in enumerate(inputs)]
+            used = [t.clone() if i == case.writes else t for i, t in enumerate(leaves)]
+            with varkern.use_backend("reference"), Waits():
+                out = next(t for t in tensors_of(case.function(*used)) if t.requires_grad)
+                torch.autograd.grad(out.sum(), [leaves[i] for i in case.differentiable], allow_unused=True)
+
     def test_launches_of_an_image(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """What docs/performance.md counts; an op that is computed by several kernels is one."""
         monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
@@ -85,7 +100,8 @@ class TestNothingWaits:
         assert 1000 < waits.launches <= 1668
 
     def test_nor_for_a_label(self) -> None:
-        var = SimpleNamespace(num_classes=10, lvl_1L=torch.zeros(1, device="meta"))
+        uniform = torch.full((1, 10), 0.1, device="meta")
+        var = SimpleNamespace(num_classes=10, lvl_1L=torch.zeros(1, device="meta"), uniform_prob=uniform)
         with Waits():
             assert draw_labels(var, 1, None).shape == (1,)
             assert draw_labels(var, 3, None).shape == (3,)
@@ -102,6 +118,12 @@ class TestNothingWaits:
             with pytest.raises((AssertionError, NotImplementedError)):
                 x.cpu()
 
+    def test_labels_of_the_device_are_not_read(self) -> None:
+        _, var = tiny()
+        var.to("meta")
+        with Waits():
+            assert check_labels(var, 2, torch.zeros(2, dtype=torch.int32, device="meta")).dtype == torch.int64
+
     def test_labels_of_the_host_are_checked_there(self) -> None:
         _, var = tiny()
         var.to("meta")
@@ -113,10 +135,10 @@ class TestNothingWaits:
 
     @pytest.mark.parametrize("classes", [1, 2, 10, 1000])
     def test_a_label_is_drawn_as_multinomial_draws(self, classes: int) -> None:
-        var = SimpleNamespace(num_classes=classes, lvl_1L=torch.zeros(1))
+        uniform = torch.full((1, classes), 1.0 / classes)
+        var = SimpleNamespace(num_classes=classes, lvl_1L=torch.zeros(1), uniform_prob=uniform)
         for seed in range(20):
             a, b = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
-            uniform = torch.full((1, classes), 1.0 / classes)
             want = torch.multinomial(uniform, 1, replacement=True, generator=b).view(1)
             assert torch.equal(draw_labels(var, 1, a), want)
             assert torch.equal(a.get_state(), b.get_state())

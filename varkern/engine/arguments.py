@@ -35,17 +35,36 @@ def _number(name: str, value: object) -> float:
     raise ValueError(f"{name} must be a number, got {value!r}")
 
 
-def check_options(var: VAR, options: Options) -> Options:
-    """The options in plain Python numbers; raises ValueError or TypeError where one is outside its domain."""
-    cfg, top_p = _number("cfg", options.cfg), _number("top_p", options.top_p)
-    if not (math.isfinite(cfg) and cfg >= 0):
-        raise ValueError(f"cfg must be a finite number >= 0 (0: no guidance), got {options.cfg}")
-    top_k = check_integer("top_k", options.top_k, 0, var.V, " (0: off)")
-    if not 0.0 <= top_p <= 1.0:
-        raise ValueError(f"top_p must be in [0, 1] (0: off), got {options.top_p}")
-    if not isinstance(options.more_smooth, bool | np.bool_):
+def check_options(var: VAR, batch: int, options: Options) -> Options:
+    """The options in plain Python numbers; raises ValueError or TypeError where one is outside its domain.
+
+    As in the published model top_k <= 0 and top_p outside (0, 1) are off.
+    """
+    top_p = _number("top_p", options.top_p)
+    cfg = _guidance(var, batch, options.cfg)
+    top_k = check_integer("top_k", options.top_k, -(2**63), var.V, " (0 or less: off)")
+    if math.isnan(top_p):
+        raise ValueError("top_p must be a number (0: off), got nan")
+    if options.more_smooth not in (0, 1) or isinstance(options.more_smooth, Tensor):
         raise TypeError(f"more_smooth must be True or False, got {options.more_smooth!r}")
-    return replace(options, cfg=cfg, top_k=top_k, top_p=top_p, more_smooth=bool(options.more_smooth))
+    top_p = top_p if 0.0 < top_p < 1.0 else 0.0
+    return replace(options, cfg=cfg, top_k=max(top_k, 0), top_p=top_p, more_smooth=bool(options.more_smooth))
+
+
+def _guidance(var: VAR, batch: int, cfg: object) -> float | Tensor:
+    """A number, or (batch, 1, 1) float32 on the model's device."""
+    if isinstance(cfg, Tensor):
+        real = cfg.layout is torch.strided and not cfg.is_complex() and cfg.dtype != torch.bool and not cfg.is_meta
+        if not real or tuple(cfg.shape) not in ((), (1,), (batch,), (batch, 1), (batch, 1, 1)):
+            raise ValueError(f"cfg must be a number, or one for each of the {batch} images, got {described(cfg)}")
+        values = cfg.detach().to(device=var.lvl_1L.device, dtype=torch.float32)
+        if not bool((values.isfinite() & (values >= 0)).all()):
+            raise ValueError(f"cfg must hold finite numbers >= 0 (0: no guidance), got {values.flatten().tolist()}")
+        return values.expand(batch).view(batch, 1, 1) if cfg.numel() == 1 and cfg.ndim < 2 else values.view(batch, 1, 1)
+    number = _number("cfg", cfg)
+    if not (math.isfinite(number) and number >= 0):
+        raise ValueError(f"cfg must be a finite number >= 0 (0: no guidance), got {cfg}")
+    return number
 
 
 def check_batch(name: str, batch: object) -> int:
@@ -75,7 +94,7 @@ def check_labels(var: VAR, batch: int, labels: object) -> Tensor | None:
     """Labels (B,) int64 on the model's device, or None where they are to be drawn.
 
     An int serves the whole batch, negative meaning "no class". Raises TypeError or ValueError for anything else
-    than B integers in [0, num_classes].
+    than B integers in [0, num_classes]; the values of a tensor on an accelerator are not read.
     """
     device = var.lvl_1L.device
     if labels is None:
@@ -89,8 +108,9 @@ def check_labels(var: VAR, batch: int, labels: object) -> Tensor | None:
         raise ValueError(f"label_B must hold B = {batch} labels, got shape {tuple(labels.shape)}")
     if labels.device != home:
         raise ValueError(f"label_B is on {labels.device} but the model is on {device}; move one of them")
-    # Values that come from here are read here; only a tensor on an accelerator makes this wait, and once.
-    low, high = torch.stack(labels.aminmax()).tolist()
+    if not labels.is_cpu:  # reading values would wait for the device
+        return labels.long()
+    low, high = (int(bound) for bound in labels.aminmax())
     if low < 0 or high > var.num_classes:
         raise ValueError(f"labels must be in [0, {var.num_classes}], {var.num_classes} = no class; got {low}..{high}")
     return labels.long().to(device, non_blocking=True)
@@ -108,7 +128,7 @@ def _label_tensor(var: VAR, batch: int, labels: object) -> Tensor:
             raise ValueError(
                 f"labels must be in [0, {var.num_classes}], {var.num_classes} = no class; got {label}..{label}"
             )
-        return torch.full((batch,), var.num_classes if label < 0 else label, device="cpu")
+        return torch.full((batch,), var.num_classes if label < 0 else label, dtype=torch.int64, device="cpu")
     if not isinstance(labels, Iterable) or isinstance(labels, str | bytes):
         raise wrong
     try:
@@ -153,11 +173,9 @@ def described(value: object) -> str:
 
 def draw_labels(var: VAR, batch: int, generator: torch.Generator | None) -> Tensor:
     """Classes (B,) drawn uniformly, as the published model draws them."""
-    device = var.lvl_1L.device
-    uniform = torch.full((1, var.num_classes), 1.0 / var.num_classes, device=device)
     if batch == 1:  # as torch.multinomial computes it, which in some versions of torch waits for a check of its input
-        return (uniform / draw_noise(1, var.num_classes, device, generator)).argmax(dim=-1)
-    return torch.multinomial(uniform, num_samples=batch, replacement=True, generator=generator).reshape(batch)
+        return (var.uniform_prob / draw_noise(1, var.num_classes, var.lvl_1L.device, generator)).argmax(dim=-1)
+    return torch.multinomial(var.uniform_prob, num_samples=batch, replacement=True, generator=generator).reshape(batch)
 
 
 def check_model(var: VAR) -> None:
@@ -166,7 +184,7 @@ def check_model(var: VAR) -> None:
     if not hasattr(var, "vae_proxy"):
         raise TypeError(f"var must be a varkern.VAR, got {type(var).__name__}")
     vae = var.vae_proxy[0]
-    ours, theirs = var.pos_start.device, vae.post_quant_conv.weight.device
+    ours, theirs = var.lvl_1L.device, vae.quantize.ema_vocab_hit_SV.device
     if ours != theirs:
         raise ValueError(
             f"the transformer is on {ours} but its tokenizer on {theirs}; move the tokenizer too: it is no "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import SupportsIndex
 
 import torch
@@ -25,6 +25,7 @@ from varkern.engine.cached import Noise, cached_scales
 from varkern.engine.noise import BatchNoise, ImageNoise
 from varkern.engine.options import Generation, Keep, Options, ScaleStep
 from varkern.engine.reference import reference_scales
+from varkern.models.plain import compute_dtype
 from varkern.models.var import VAR
 from varkern.ops import current_backend, use_backend
 
@@ -44,7 +45,7 @@ def generate(
     labels: int | Sequence[int] | Tensor | None,
     seed: int | Sequence[int] | None = None,
     *,
-    cfg: float = 1.5,
+    cfg: float | Tensor = 1.5,
     top_k: int = 0,
     top_p: float = 0.0,
     more_smooth: bool = False,
@@ -93,7 +94,7 @@ def generate(
     with torch.no_grad(), use_backend(request.backend):
         if request.backend == "reference":
             with graphs.beside(device):
-                return request.reference()
+                return var.run_gathered(request.reference)
         label_B = request.labels
         if label_B is None:
             with graphs.beside(device):
@@ -103,7 +104,7 @@ def generate(
             if result is not None:
                 return result
         with graphs.beside(device):
-            return request.in_parts_that_fit(label_B, max_batch)
+            return var.run_gathered(functools.partial(request.in_parts_that_fit, label_B, max_batch))
 
 
 def _computed(options: Options, var: VAR, label_B: Tensor, noise: Noise) -> Generation:
@@ -122,7 +123,7 @@ def generate_scales(
     labels: int | Sequence[int] | Tensor | None,
     seed: int | Sequence[int] | None = None,
     *,
-    cfg: float = 1.5,
+    cfg: float | Tensor = 1.5,
     top_k: int = 0,
     top_p: float = 0.0,
     more_smooth: bool = False,
@@ -159,12 +160,13 @@ class _Request:
         max_batch: int | None,
     ) -> _Request:
         check_model(var)
-        options, batch = check_options(var, options), check_batch("the batch size B", batch)
+        batch = check_batch("the batch size B", batch)
+        options = check_options(var, batch, options)
         label_B = check_labels(var, batch, labels)
         check_keep(var, batch, options.keep)
         check_batch("max_batch", 1 if max_batch is None else max_batch)
         backend, device = current_backend(), var.lvl_1L.device
-        if options.more_smooth and backend is None and var.head.weight.dtype == torch.float32:
+        if options.more_smooth and backend is None and compute_dtype(var.head) == torch.float32:
             # The mixture of codes amplifies every rounding by up to 1 / tau = 74, over all scales: only the published
             # order of operations gives the published image within 1e-3.
             backend = "reference"
@@ -207,10 +209,8 @@ class _Request:
         parts = []
         for begin in range(0, self.batch, size):
             end = min(begin + size, self.batch)
-            keep = self.options.keep
-            options = replace(self.options, keep=None if keep is None else keep.part(begin, end))
             noise = self.noise.part(begin, end)
-            parts.append(_computed(options, self.var, label_B[begin:end], noise))
+            parts.append(_computed(self.options.part(begin, end), self.var, label_B[begin:end], noise))
         noise.finish()
         if len(parts) == 1:
             return parts[0]
@@ -231,7 +231,7 @@ class _Request:
             while True:
                 with torch.no_grad(), use_backend(self.backend), graphs.beside(self.var.lvl_1L.device):
                     steps = self.steps() if steps is None else steps
-                    step = next(steps, None)
+                    step = self.var.run_gathered(functools.partial(next, steps, None))
                     if step is None:
                         return
                     images = _images(self.var, step.f_hat)

@@ -66,6 +66,8 @@ class Request:
             return f"the model is on {self.device}, not on a CUDA device"
         if self.backend == "reference":
             return "the reference backend runs it, which keeps caches in the modules (as float32 more_smooth does)"
+        if isinstance(self.options.cfg, Tensor):
+            return "a guidance for each image is not among a graph's inputs"
         if self.options.keep is not None:
             return "what `keep` holds fixed is not among a graph's inputs"
         if max_batch is not None and max_batch < self.batch:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -20,13 +20,14 @@ class Keep:
     tokens: Sequence[Tensor]
     mask: Tensor
 
-    def embeddings(self, k: int, h_BChw: Tensor, codebook: Tensor) -> Tensor:
+    def embeddings(self, k: int, h_BChw: Tensor, embed: Callable[[Tensor], Tensor]) -> Tensor:
         """The drawn embeddings (B, Cv, p, p) of scale k, replaced by the image's where the resized mask > 0.5.
 
-        Up to three tokens a map (the first scales) are always the image's: they set its overall look.
+        Up to three tokens a map (the first scales) are always the image's: they set its overall look. embed: from
+        indices to codes, the codebook as a module.
         """
         p = h_BChw.shape[-1]
-        image = F.embedding(self.tokens[k], codebook).transpose(1, 2).reshape(h_BChw.shape)
+        image = embed(self.tokens[k]).to(h_BChw.dtype).transpose(1, 2).reshape(h_BChw.shape)
         if p * p <= 3:
             return image
         mask = self.mask.to(h_BChw.dtype).expand(h_BChw.shape[0], *self.mask.shape[-2:]).unsqueeze(1)
@@ -41,13 +42,26 @@ class Keep:
 
 @dataclass(frozen=True)
 class Options:
-    """How tokens are drawn; see `VAR.autoregressive_infer_cfg`."""
+    """How tokens are drawn; see `VAR.autoregressive_infer_cfg`. cfg: a number, or (B, 1, 1) float32."""
 
-    cfg: float = 1.5
+    cfg: float | Tensor = 1.5
     top_k: int = 0
     top_p: float = 0.0
     more_smooth: bool = False
     keep: Keep | None = None
+
+    def guides(self) -> bool:
+        """Whether the unconditional half of the batch counts at all."""
+        return isinstance(self.cfg, Tensor) or self.cfg > 0
+
+    def guidance(self, ratio: float) -> float | Tensor:
+        """t at the scale k of K, ratio = k / (K - 1)."""
+        return self.cfg * ratio
+
+    def part(self, begin: int, end: int) -> Options:
+        """Of images begin to end - 1."""
+        cfg = self.cfg[begin:end] if isinstance(self.cfg, Tensor) else self.cfg
+        return replace(self, cfg=cfg, keep=None if self.keep is None else self.keep.part(begin, end))
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from varkern.models.blocks import DropPath
+from varkern.models.plain import is_plain
 from varkern.models.var import VAR
 
 _MISSING = object()
@@ -41,6 +42,9 @@ class Watch:
         self._add(var)
         self._add(var.vae_proxy[0])
         self._sizes = list(map(len, self._sized))
+        changed = next((name for name, module in var.named_modules() if not is_plain(module)), None)
+        if changed is not None:  # what it runs may vary from call to call
+            self.refusal = f"{changed or 'the model'} is not as it was built but replaced, wrapped or patched"
         if any(self._hooks):
             self.refusal = "a forward hook is registered, which a replay would not call"
 

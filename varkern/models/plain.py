@@ -11,14 +11,15 @@ An answer takes about a microsecond: a generation asks once a module, not once a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-__all__ = ["compute_dtype", "fusable", "is_plain", "is_plain_conv"]
+__all__ = ["compute_dtype", "fusable", "is_plain", "is_plain_conv", "is_plain_norm", "runs_as_built"]
 
 _Module = TypeVar("_Module", bound=type[nn.Module])
 
@@ -40,11 +41,9 @@ class _Made:
         self.forward = kind.forward
 
 
-_MADE: dict[type[nn.Module], _Made] = {
-    kind: _Made(kind)
-    for kind in (nn.Conv2d, nn.Dropout, nn.Embedding, nn.GroupNorm, nn.Identity, nn.LayerNorm, nn.Linear, nn.SiLU)
-}
-_MADE[nn.Sequential] = _Made(nn.Sequential)
+_LAYERS = nn.Conv2d, nn.Embedding, nn.GroupNorm, nn.LayerNorm, nn.Linear
+_OTHERS = nn.Dropout, nn.GELU, nn.Identity, nn.ModuleList, nn.Sequential, nn.SiLU
+_MADE: dict[type[nn.Module], _Made] = {kind: _Made(kind) for kind in (*_LAYERS, *_OTHERS)}
 
 
 def fusable(kind: _Module) -> _Module:
@@ -60,23 +59,50 @@ def is_plain(module: nn.Module) -> bool:
     hook; if its ``forward`` or another method was replaced, on the instance or the class, or compiled; if a parameter
     or buffer is a tensor subclass (sharded, quantized). Its submodules and settings are for the caller to ask about.
     """
-    made = _MADE.get(type(module))
-    if made is None or type(module).forward is not made.forward or nn.Module.__call__ is not _CALL:
+    kind, entries = type(module), module.__dict__
+    if not _untouched(kind, entries) or entries.get("_compiled_call_impl") is not None:
         return False
-    entries: dict[str, Any] = module.__dict__
     for name in _HOOKS:
         if entries[name]:
             return False
-    for hooks in _GLOBAL_HOOKS:
-        if hooks:
-            return False
-    if entries.get("_compiled_call_impl") is not None or not made.names.isdisjoint(entries):
-        return False
     for tensors in (entries["_parameters"], entries["_buffers"]):
         for tensor in tensors.values():
             if type(tensor) not in _PLAIN_TENSORS:
                 return False
     return True
+
+
+def runs_as_built(module: nn.Module) -> bool:
+    """Whether a module that is called runs the ``forward`` of its class on the arguments that it is given.
+
+    So may run more than what is plain: a module that is compiled or sharded by ``fully_shard``.
+    """
+    kind, entries = type(module), module.__dict__
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None and kind.__bases__[0] is getattr(fsdp, "FSDPModule", None):
+        kind = kind.__bases__[1]
+    return _untouched(kind, entries) and not any(map(_foreign, (entries[name].values() for name in _HOOKS)))
+
+
+def _untouched(kind: type[nn.Module], entries: dict[str, Any]) -> bool:
+    made = _MADE.get(kind)
+    if made is None or kind.forward is not made.forward or nn.Module.__call__ is not _CALL:
+        return False
+    for hooks in _GLOBAL_HOOKS:
+        if hooks and not all(map(_only_looks, hooks.values())):
+            return False
+    return made.names.isdisjoint(entries)
+
+
+def _only_looks(hook: object) -> bool:
+    """Whether a hook of every module is FlopCounterMode's, which is to count the products of a fused path."""
+    return type(getattr(hook, "__self__", None)).__module__ == "torch.utils.module_tracker"
+
+
+def _foreign(hooks: Iterable[Any]) -> bool:
+    """Whether there are hooks other than those by which ``fully_shard`` gathers parameters."""
+    owners = (type(getattr(hook, "__self__", None)).__module__ for hook in hooks)
+    return any(not owner.startswith("torch.distributed.fsdp") for owner in owners)
 
 
 def is_plain_conv(conv: nn.Module, kernel: int) -> bool:
@@ -90,6 +116,13 @@ def is_plain_conv(conv: nn.Module, kernel: int) -> bool:
         and conv.stride == conv.dilation == (1, 1)
         and conv.groups == 1
         and conv.padding_mode == "zeros"
+    )
+
+
+def is_plain_norm(norm: nn.Module, width: int) -> bool:
+    """Whether it is a plain layer norm over the last axis, of this width, without multiplier and offset."""
+    return (
+        isinstance(norm, nn.LayerNorm) and is_plain(norm) and norm.normalized_shape == (width,) and norm.weight is None
     )
 
 

@@ -5,26 +5,35 @@ Shapes: B batch, L = sum of p_k^2 positions, C width, V codes, Cv code width. ``
 
 import itertools
 import math
-from collections.abc import Sequence
-from typing import Any, cast
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from varkern.models.blocks import AdaLNBeforeHead, AdaLNSelfAttn, SharedAdaLin, check_block
+from varkern.models.helpers import gumbel_softmax_with_rng, sample_with_top_k_top_p_
+from varkern.models.plain import compute_dtype, fusable, runs_as_built
 from varkern.models.quantizer import VectorQuantizer2
 from varkern.models.schedule import PATCH_NUMS_256, as_patch_nums
 from varkern.models.vqvae import VQVAE
 from varkern.ops._library import check_floats, check_tensors
 from varkern.ops.attention import BlockCausal
 from varkern.ops.attention_peers import check_attention
-from varkern.ops.attention_reference import block_causal_mask
+from varkern.ops.attention_reference import block_causal_mask, cached_block_causal_mask
+
+__all__ = ["VAR", "AdaLNSelfAttn", "SharedAdaLin", "gumbel_softmax_with_rng", "sample_with_top_k_top_p_"]
+
+
+T = TypeVar("T")
 
 
 def _trunc_normal(*shape: int, std: float) -> Tensor:
     return nn.init.trunc_normal_(torch.empty(*shape), mean=0.0, std=std)
 
 
+@fusable
 class VAR(nn.Module):
     """Visual AutoRegressive transformer over the token maps of ``vae_local``.
 
@@ -69,7 +78,7 @@ class VAR(nn.Module):
         fused_if_available: bool = True,
     ) -> None:
         super().__init__()
-        if embed_dim % num_heads:
+        if num_heads < 1 or embed_dim % num_heads:
             raise ValueError(f"embed_dim={embed_dim} is not divisible by num_heads={num_heads}")
         self.patch_nums = as_patch_nums(patch_nums)
         if self.patch_nums != vae_local.quantize.v_patch_nums:
@@ -80,6 +89,7 @@ class VAR(nn.Module):
         self.Cvae, self.V = vae_local.Cvae, vae_local.vocab_size
         self.depth, self.C, self.D, self.num_heads = depth, embed_dim, embed_dim, num_heads
         self.num_classes, self.cond_drop_rate = num_classes, cond_drop_rate
+        self.drop_path_rate = drop_path_rate
         self.attn_l2_norm, self.shared_aln = attn_l2_norm, shared_aln
         self.using_fused_add_norm_fn = False
         self.prog_si = -1  # progressive training: the last scale that takes part, -1 = all
@@ -91,6 +101,7 @@ class VAR(nn.Module):
         self.L, self.first_l = ends[-1], self.patch_nums[0] ** 2
         self.num_stages_minus_1 = len(self.patch_nums) - 1
         self._rng: torch.Generator | None = None
+        self._mask: Tensor | None = None  # assigned in place of the block-causal one
         # A tuple hides them from nn.Module's registration.
         self.vae_proxy: tuple[VQVAE] = (vae_local,)
         self.vae_quant_proxy: tuple[VectorQuantizer2] = (vae_local.quantize,)
@@ -107,7 +118,7 @@ class VAR(nn.Module):
         self.shared_ada_lin: nn.Module = nn.Identity()
         if shared_aln:
             self.shared_ada_lin = nn.Sequential(nn.SiLU(), SharedAdaLin(embed_dim, 6 * embed_dim))
-        drop_paths = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
+        drop_paths = torch.linspace(0, drop_path_rate, depth, dtype=torch.float32, device="cpu").tolist()
         self.blocks = nn.ModuleList(
             AdaLNSelfAttn(
                 embed_dim=embed_dim,
@@ -120,10 +131,12 @@ class VAR(nn.Module):
                 drop_path=drop_path,
                 norm_eps=norm_eps,
                 attn_l2_norm=attn_l2_norm,
+                block_idx=i,
+                last_drop_p=drop_paths[i - 1] if i else 0.0,
             )
-            for drop_path in drop_paths
+            for i, drop_path in enumerate(drop_paths)
         )
-        scale_of = torch.cat([torch.full((p * p,), k) for k, p in enumerate(self.patch_nums)])
+        scale_of = torch.tensor([k for k, p in enumerate(self.patch_nums) for _ in range(p * p)])
         self.register_buffer("lvl_1L", scale_of.view(1, self.L))
         self.head_nm = AdaLNBeforeHead(embed_dim, embed_dim, norm_eps)
         self.head = nn.Linear(embed_dim, self.V)
@@ -146,9 +159,24 @@ class VAR(nn.Module):
 
     @property
     def attn_bias_for_masking(self) -> Tensor:
-        """(1, 1, L, L): 0 where a query sees a key, else -inf. Made at each access; in the state dict, never in use."""
+        """(1, 1, L, L): 0 where a query sees a key, else -inf. Made at each access and in the state dict.
+
+        Attention as built needs none; a block that was replaced, wrapped or hooked is given its part. Another mask may
+        be assigned: then `forward` attends with it, densely, and generation, as published, without any.
+        """
+        if self._mask is not None:
+            self._mask = self._mask.to(self.pos_1LC.device)
+            return self._mask
         mask = block_causal_mask(self.scale_lengths, self.pos_1LC.dtype, self.pos_1LC.device)
         return mask.view(1, 1, self.L, self.L)
+
+    @attn_bias_for_masking.setter
+    def attn_bias_for_masking(self, mask: Tensor) -> None:
+        if not isinstance(mask, Tensor) or tuple(mask.shape) != (1, 1, self.L, self.L):
+            got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(f"attn_bias_for_masking must be a tensor {(1, 1, self.L, self.L)}, got {got}")
+        own = block_causal_mask(self.scale_lengths, torch.float32, mask.device).view(mask.shape)
+        self._mask = None if not mask.is_meta and torch.equal(mask.float(), own) else mask
 
     @property
     def scale_lengths(self) -> tuple[int, ...]:
@@ -161,6 +189,14 @@ class VAR(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         _, strict, missing, unexpected, errors = args
+        levels = state_dict.get(prefix + "lvl_1L")
+        if levels is not None and levels.device.type != "meta" and levels.shape == self.lvl_1L.shape:
+            right = torch.arange(len(self.patch_nums), device=levels.device).repeat_interleave(
+                torch.tensor(self.scale_lengths, device=levels.device)
+            )
+            if not torch.equal(levels[0].double(), right.double()):
+                errors.append(f"{prefix}lvl_1L does not number the scales of patch_nums {self.patch_nums}")
+            state_dict[prefix + "lvl_1L"] = right.view(1, -1)  # integers, though the dict may be cast as a whole
         super()._load_from_state_dict(state_dict, prefix, *args)
         key = prefix + "attn_bias_for_masking"
         mask = state_dict.get(key)
@@ -181,16 +217,30 @@ class VAR(nn.Module):
 
     @property
     def rng(self) -> torch.Generator:
-        """The generator that `autoregressive_infer_cfg` seeds with ``g_seed``; it lives on the model's device."""
+        """A generator on the model's device, for code that draws by it; it may be replaced. `generate` has its own."""
         device = self.lvl_1L.device
         if self._rng is None or self._rng.device != device:
             self._rng = torch.Generator(device=device)
         return self._rng
 
+    @rng.setter
+    def rng(self, generator: torch.Generator) -> None:
+        self._rng = generator
+
+    @rng.deleter
+    def rng(self) -> None:
+        self._rng = None
+
+    @property
+    def uniform_prob(self) -> Tensor:
+        """(1, num_classes) float32: from what classes are drawn where none are given."""
+        shape = 1, self.num_classes
+        return torch.full(shape, 1.0 / self.num_classes, dtype=torch.float32, device=self.lvl_1L.device)
+
     def get_logits(self, h: Tensor, cond_BD: Tensor) -> Tensor:
         """Hidden states (B, n, C), condition (B, C) -> logits (B, n, V) float32."""
         check_block("get_logits", h, cond_BD, self.C)
-        return self.head(self.head_nm(h.float(), cond_BD).to(self.head.weight.dtype)).float()
+        return self.head(self.head_nm(h.float(), cond_BD).to(compute_dtype(self.head))).float()
 
     def forward(self, label_B: Tensor, x_BLCv_wo_first_l: Tensor) -> Tensor:
         """Teacher forcing: labels (B,) and the inputs of scales 2..K (B, L - n_1, Cv) -> logits (B, L, V) float32.
@@ -207,13 +257,12 @@ class VAR(nn.Module):
             cond_BD = self.class_emb(label_B)
             x_BLC = cond_BD.unsqueeze(1).expand(B, self.first_l, -1) + self.pos_start.expand(B, self.first_l, -1)
             if self.prog_si != 0:
-                words = self.word_embed(x_BLCv_wo_first_l.to(self.word_embed.weight.dtype))
+                words = self.word_embed(x_BLCv_wo_first_l.to(compute_dtype(self.word_embed)))
                 x_BLC = torch.cat((x_BLC, words), dim=1)
             else:  # every parameter must get a gradient, or data-parallel training waits for it
-                x_BLC = x_BLC + 0 * (self.word_embed.weight[0, 0] + self.word_embed.bias[0])
+                unused = [p.sum() for p in self.word_embed.parameters() if p.requires_grad]
+                x_BLC = x_BLC + 0 * sum(unused)
             x_BLC = x_BLC + (self.lvl_embed(self.lvl_1L[:, :end].expand(B, -1)) + self.pos_1LC[:, :end])
-        scales = len(self.patch_nums) if self.prog_si < 0 else self.prog_si + 1
-        visible = BlockCausal(self.scale_lengths[:scales], self.attention)
         cond_BD_or_gss = self.shared_ada_lin(cond_BD)
         # Under autocast the blocks run in its type from the first residual on.
         if torch.is_autocast_enabled(x_BLC.device.type):
@@ -221,9 +270,22 @@ class VAR(nn.Module):
         else:
             dtype = x_BLC.dtype
         x_BLC, cond_BD_or_gss = x_BLC.to(dtype), cond_BD_or_gss.to(dtype)
+        scales = len(self.patch_nums) if self.prog_si < 0 else self.prog_si + 1
+        visible = BlockCausal(self.scale_lengths[:scales], self.attention)
+        dense: Tensor | None = None
         for block in self.blocks:
-            x_BLC = block(x=x_BLC, cond_BD=cond_BD_or_gss, attn_bias=visible)
+            if self._mask is None and runs_as_built(block) and runs_as_built(cast(nn.Module, block.attn)):
+                x_BLC = block(x=x_BLC, cond_BD=cond_BD_or_gss, attn_bias=visible)
+            else:  # somebody's, who expects the published argument
+                dense = self._dense_mask(end, dtype, x_BLC.device) if dense is None else dense
+                x_BLC = block(x=x_BLC, cond_BD=cond_BD_or_gss, attn_bias=dense)
         return self.get_logits(x_BLC, cond_BD)
+
+    def _dense_mask(self, end: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """(1, 1, end, end)."""
+        if self._mask is not None:
+            return self.attn_bias_for_masking[:, :, :end, :end].to(dtype)
+        return cached_block_causal_mask(self.scale_lengths, dtype, device)[None, None, :end, :end]
 
     def _check_forward(self, labels: Tensor, x: Tensor, inputs: int) -> None:
         check_tensors("VAR.forward", ("label_B",), (labels,))
@@ -247,12 +309,32 @@ class VAR(nn.Module):
                 f"labels on {labels.device}, inputs on {x.device}, model on {self.pos_start.device}; move them together"
             )
 
+    def run_gathered(self, call: Callable[[], T]) -> T:
+        """``call()``, for a model that `fully_shard` has sharded: as a whole, or in its blocks.
+
+        The model's own parameters are gathered as in a forward pass; blocks, which are called, gather theirs.
+        """
+        fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+        sharded = [] if fsdp is None else [module for module in self.modules() if isinstance(module, fsdp.FSDPModule)]
+        if not sharded:
+            return call()
+        if "_run" not in vars(self):
+            fsdp.register_fsdp_forward_method(self, "_run")
+        try:
+            return self._run(call)
+        finally:  # a forward pass leaves that to the backward pass, and until then `parameters` gives copies
+            for module in sharded:
+                module.reshard()
+
+    def _run(self, call: Callable[[], T]) -> T:
+        return call()
+
     def autoregressive_infer_cfg(
         self,
         B: int,
         label_B: int | Sequence[int] | Tensor | None,
         g_seed: int | None = None,
-        cfg: float = 1.5,
+        cfg: float | Tensor = 1.5,
         top_k: int = 0,
         top_p: float = 0.0,
         more_smooth: bool = False,
@@ -261,9 +343,10 @@ class VAR(nn.Module):
 
         Args:
             label_B: (B,) classes, one class for all (negative: no class), or None: drawn uniformly.
-            g_seed: seed of `rng`; None draws from the global generator.
-            cfg: guidance; the strength grows linearly from 0 at the first scale to ``cfg`` at the last.
-            top_k, top_p: sampling filters, 0 = off.
+            g_seed: seed; None draws from the global generator.
+            cfg: guidance; the strength grows linearly from 0 at the first scale to ``cfg`` at the last. A tensor of B
+                elements guides each image by its own.
+            top_k, top_p: sampling filters; off where top_k <= 0, and top_p <= 0 or >= 1.
             more_smooth: mix codes by Gumbel-softmax; for pictures, not for metrics.
 
         Raises ValueError for values outside their domain, before anything is drawn. `varkern.generate` returns tokens
@@ -297,7 +380,7 @@ class VAR(nn.Module):
                 module.bias.zero_()
         if init_head >= 0:
             self.head.weight.mul_(init_head)
-        self.head_nm.projection.weight.mul_(init_adaln)
+        cast(nn.Linear, self.head_nm.ada_lin[-1]).weight.mul_(init_adaln)
         for block in cast("list[AdaLNSelfAttn]", list(self.blocks)):
             block.attn.proj.weight.div_(math.sqrt(2 * self.depth))
             block.ffn.fc2.weight.div_(math.sqrt(2 * self.depth))
@@ -305,6 +388,6 @@ class VAR(nn.Module):
                 block.ada_gss[:, :, 2:].mul_(init_adaln)
                 block.ada_gss[:, :, :2].mul_(init_adaln_gamma)
             else:
-                weight = block.projection.weight
+                weight = cast(Tensor, block.ada_lin[-1].weight)
                 weight[2 * self.C :].mul_(init_adaln)
                 weight[: 2 * self.C].mul_(init_adaln_gamma)

@@ -12,6 +12,7 @@ from varkern.ops.attention import (
 )
 from varkern.ops.conv import conv3x3, conv3x3_reference
 from varkern.ops.decode import cached_attention, cached_attention_reference
+from varkern.ops.flops import register_formulas
 from varkern.ops.gated_norm import gated_residual_layer_norm_, gated_residual_layer_norm_reference_
 from varkern.ops.group_norm import (
     group_norm_affine,
@@ -58,3 +59,5 @@ __all__ = [
     "teacher_forcing_input",
     "use_backend",
 ]
+
+register_formulas()

@@ -13,6 +13,12 @@ Left alone, an op takes the first of its backends that can serve the call. ``VAR
 or ``use_backend`` names one instead: then that backend serves or the call raises and says why. An op that does not
 have the named backend at all chooses by itself, so that a whole model runs under ``use_backend("triton")`` although
 some of its ops have no Triton kernel; ``explain`` and ``python -m varkern.info`` show who serves what.
+
+Within a transform of ``torch.func`` (``grad``, ``vjp``, ``jvp``, ``vmap``, ``jacrev``, ...) and in forward-mode
+differentiation every op is its reference, whatever was asked for: slower than a kernel, but plain PyTorch has the
+derivatives of any order and all batching rules. Ops for inference have no gradient there either. (An
+``autograd.Function`` that those transforms take costs every call more, also the ordinary ones: ``apply`` then binds the
+arguments to a signature.)
 """
 
 from __future__ import annotations
@@ -58,6 +64,7 @@ class _Override(threading.local):
         self.backend = _environment
 
 
+_func_transforms = torch._C._are_functorch_transforms_active
 _environment = _checked(os.environ.get("VARKERN_BACKEND") or None, "The environment variable VARKERN_BACKEND")
 _override = _Override()
 
@@ -92,8 +99,37 @@ def current_backend() -> str | None:
 
 
 def reference_forced() -> bool:
-    """Whether every op of this thread must run plain PyTorch."""
-    return _override.backend == "reference"
+    """Whether every op of this thread must run plain PyTorch: it was asked for, or a transform needs it."""
+    return _override.backend == "reference" or transformed()
+
+
+def transformed() -> bool:
+    """Whether a transform of ``torch.func`` or forward-mode differentiation is in force, which kernels know nothing of.
+
+    Of what tells, this alone is also seen by ``torch.compile``.
+    """
+    return _func_transforms() or forward_ad._current_level >= 0
+
+
+def check_in_place(op: str, name: str, target: torch.Tensor, *others: torch.Tensor | None) -> None:
+    """Raises ``RuntimeError`` where vmap has batched what is to be written into a tensor, but not the tensor."""
+    if not _func_transforms():
+        return
+    if set().union(*(_batched_levels(tensor) for tensor in others if tensor is not None)) - _batched_levels(target):
+        raise RuntimeError(
+            f"{op}: {name} is changed in place, and vmap has batched another argument but not it: clone {name} along "
+            "that axis too."
+        )
+
+
+def _batched_levels(tensor: torch.Tensor) -> set[int]:
+    """The levels of vmap that a tensor has an axis of."""
+    functorch, levels = torch._C._functorch, set()
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            levels.add(functorch.maybe_get_level(tensor))
+        tensor = functorch.get_unwrapped(tensor)
+    return levels
 
 
 @functools.cache
@@ -239,10 +275,15 @@ def needs_gradient(*tensors: torch.Tensor) -> bool:
 
 
 class _OnceDifferentiable(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, op: str, differentiable: torch.Tensor, *grads: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ctx.op = op
+    def forward(op: str, differentiable: torch.Tensor, *grads: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return tuple(grad.view_as(grad) for grad in grads)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        ctx.op = inputs[0]
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -274,6 +315,7 @@ def dtype_why_not(*tensors: torch.Tensor) -> str | None:
     return None
 
 
+_Tensor, _strided = torch.Tensor, torch.strided  # looked up once: every call asks for them
 _FLOATING = frozenset((*DTYPE_CODES, torch.float64))
 _INTEGERS = (int, np.integer, torch.SymInt)
 _NUMBERS = (*_INTEGERS, float, np.floating, torch.SymFloat)
@@ -293,10 +335,10 @@ def check_tensors(op: str, names: Sequence[str], tensors: Sequence[object], opti
 def check_floats(op: str, names: Sequence[str], tensors: Sequence[object], optional: bool = False) -> None:
     """As ``check_tensors``, and ``ValueError`` for another dtype than float16, bfloat16, float32 and float64."""
     for name, tensor in zip(names, tensors, strict=True):
-        if isinstance(tensor, torch.Tensor):
+        if isinstance(tensor, _Tensor):
             if tensor.dtype not in _FLOATING:
                 raise ValueError(f"{op}: {name} is {tensor.dtype}, give a floating-point tensor of 16, 32 or 64 bits.")
-            if tensor.layout is not torch.strided:
+            if tensor.layout is not _strided:
                 raise ValueError(f"{op}: {name} is a {tensor.layout} tensor, give a dense one.")
         elif tensor is not None or not optional:
             raise TypeError(f"{op}: {name} is {type(tensor).__name__}, give a tensor.")
@@ -306,6 +348,12 @@ def check_integer(op: str, name: str, value: object) -> None:
     """Raises ``TypeError`` for what is no integer."""
     if not isinstance(value, _INTEGERS):
         raise TypeError(f"{op}: {name} is {value!r}, give an integer.")
+
+
+def check_truth(op: str, name: str, value: object) -> None:
+    """Raises ``TypeError`` for what is neither True nor False."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{op}: {name} is {value!r}, give True or False.")
 
 
 def check_number(op: str, name: str, value: Any, finite: bool = True) -> None:
@@ -367,6 +415,11 @@ def autograd(name: str, differentiable: Callable[..., Any]) -> None:
 
     def register(keys: Any, *args: Any) -> Any:
         if needs_gradient(*(arg for arg in args if isinstance(arg, torch.Tensor))):
+            if transformed():
+                raise RuntimeError(
+                    f"torch.ops.varkern.{name} has no derivative within a transform of torch.func or in forward mode: "
+                    "call the function of varkern.ops that it serves, which has, or has a sentence why not."
+                )
             return differentiable(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keys & torch._C._after_autograd_keyset, *args)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
+from varkern._kept import kept
 from varkern.ops._library import DTYPE_CODES, device_guard, extension, kernels
 from varkern.ops.attention_reference import Prologue, backward_eager, forward_eager
 
 _CODES = {**DTYPE_CODES, torch.float64: 3}
 
 
-@functools.lru_cache(maxsize=64)
+@kept
 def _lengths(lengths: tuple[int, ...]) -> Tensor:
     return torch.tensor(lengths, dtype=torch.int64, device="cpu")
 

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from varkern.ops.attention_reference import block_causal_attention_reference
+from varkern._kept import kept
+from varkern.ops.attention_reference import block_causal_attention_reference, scales_of
 
 # "varkern" is ours, varkern.ops.block_causal_attention.
 ATTENTIONS = ("varkern", "sdpa", "flex", "flash")
@@ -49,19 +50,17 @@ def _sdpa_why_not(q: Tensor, dropout: float) -> str | None:
     return None
 
 
-@functools.lru_cache(maxsize=8)
+@kept
 def _block_mask(lengths: tuple[int, ...], device: torch.device) -> Any:
     """FlexAttention's sparse form of the mask."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    with torch.inference_mode(False):
-        scales = torch.arange(len(lengths), device=device)
-        scale_of = scales.repeat_interleave(torch.tensor(lengths, device=device))
+    scale_of = scales_of(lengths, device)
 
-        def visible(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            return scale_of[query] >= scale_of[key]
+    def visible(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return scale_of[query] >= scale_of[key]
 
-        return create_block_mask(visible, None, None, sum(lengths), sum(lengths), device=device)
+    return create_block_mask(visible, None, None, sum(lengths), sum(lengths), device=device)
 
 
 @functools.cache

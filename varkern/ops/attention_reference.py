@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from varkern._kept import passing
+from varkern.ops._library import transformed
 
 MAX_LOG_TEMPERATURE = 4.605170185988092  # log 100
 NORM_FLOOR = 1e-12
@@ -23,20 +27,40 @@ def attention_reference(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, softmax_scale: float = 1.0, dropout: float = 0.0
 ) -> Tensor:
     """Softmax attention of q (B, H, n, D) over k, v (B, H, N, D) with an additive bias (1, 1, n, N) -> (B, H, n, D)."""
+    if transformed():  # PyTorch's fused kernels have one derivative, backwards
+        scores = q @ k.transpose(-1, -2) * softmax_scale
+        return F.dropout((scores if bias is None else scores + bias).softmax(-1), dropout) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=softmax_scale, dropout_p=dropout)
+
+
+def scales_of(lengths: Sequence[int], device: torch.device | None) -> Tensor:
+    """The scale of each of the L positions, int32: counted on the device, so that nothing is copied from the host."""
+    positions = torch.arange(sum(lengths), dtype=torch.int32, device=device)
+    scale_of = torch.zeros_like(positions)
+    for end in accumulate(lengths):
+        scale_of += positions >= end
+    return scale_of
 
 
 def block_causal_mask(lengths: Sequence[int], dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
     """(L, L): 0 where the key's scale is at most the query's, else -inf."""
-    scales = torch.arange(len(lengths), device=device)
-    scale_of = scales.repeat_interleave(torch.tensor(lengths, device=device), output_size=sum(lengths))
+    scale_of = scales_of(lengths, device)
     hidden = scale_of.view(-1, 1) < scale_of.view(1, -1)
     return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
 
 
-@functools.lru_cache(maxsize=4)
 def cached_block_causal_mask(lengths: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """``block_causal_mask``, made once: the eager model holds it as a buffer."""
+    """``block_causal_mask``, made once: the eager model holds it as a buffer.
+
+    A CUDA graph that is being captured makes its own, in its memory: masks are large, and only the last four are kept.
+    """
+    if passing() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        return block_causal_mask(lengths, dtype, device)
+    return _kept_mask(lengths, dtype, device)
+
+
+@functools.lru_cache(maxsize=4)
+def _kept_mask(lengths: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # a mask that inference made could not be saved for a backward pass
         return block_causal_mask(lengths, dtype, device)
 

@@ -18,6 +18,10 @@ from torch import Tensor
 from varkern.ops._library import (
     Op,
     autograd,
+    check_floats,
+    check_integer,
+    check_number,
+    check_truth,
     cpu_why_not,
     current_backend,
     extension,
@@ -30,6 +34,8 @@ from varkern.ops._library import (
 from varkern.ops.group_norm import check_group_norm, group_norm_affine, group_norm_silu, group_norm_silu_reference
 
 __all__ = ["Norm", "conv3x3", "conv3x3_reference"]
+
+_OPTIONAL = ("bias", "norm's weight", "norm's bias", "residual")
 
 # Output tiles of 4 x 4, over the batch, from which on fewer multiplications pay for transforming the weights.
 _MIN_TILES = 32
@@ -90,11 +96,18 @@ def conv3x3(
     For inference: raises ``RuntimeError`` where a gradient would be recorded or the backend asked for cannot serve,
     ``ValueError`` for shapes, dtypes or devices that do not fit.
     """
+    if norm is not None and not isinstance(norm, Norm):
+        raise TypeError(f"conv3x3: norm is {norm!r}, give a Norm(weight, bias, groups, eps) or None.")
+    check_truth("conv3x3", "upsample", upsample)
     norm_weight, norm_bias, groups, eps = norm if norm is not None else (None, None, 1, 0.0)
-    _check(x, weight, bias, norm_weight, norm_bias, groups, residual)
+    check_floats("conv3x3", ("x", "weight"), (x, weight))
+    check_floats("conv3x3", _OPTIONAL, (bias, norm_weight, norm_bias, residual), optional=True)
+    check_integer("conv3x3", "norm's groups", groups)
+    check_number("conv3x3", "norm's eps", eps)
     if needs_gradient(*(t for t in (x, weight, bias, norm_weight, norm_bias, residual) if t is not None)):
         _refuse_gradient()
     if reference_forced():
+        _check(x, weight, bias, norm_weight, norm_bias, groups, residual, upsample)
         return conv3x3_reference(x, weight, bias, norm, residual, upsample)
     return torch.ops.varkern.conv3x3(
         x, weight, bias, norm_weight, norm_bias, groups, eps, residual, upsample, current_backend()
@@ -116,11 +129,12 @@ def _check(
     norm_bias: Tensor | None,
     groups: int,
     residual: Tensor | None,
+    upsample: bool,
 ) -> None:
+    check_floats("conv3x3", ("x", "weight"), (x, weight))
+    check_floats("conv3x3", _OPTIONAL, (bias, norm_weight, norm_bias, residual), optional=True)
     if x.dim() != 4 or 0 in x.shape[1:]:
         raise ValueError(f"conv3x3: x has shape {tuple(x.shape)}, give (B, C, H, W) with C, H, W > 0.")
-    if not x.is_floating_point():
-        raise ValueError(f"conv3x3: x is {x.dtype}, give a floating-point tensor.")
     C = x.size(1)
     if weight.dim() != 4 or weight.shape[1:] != (C, 3, 3) or not weight.size(0):
         raise ValueError(
@@ -132,11 +146,10 @@ def _check(
         raise ValueError("conv3x3: give both of norm's weight and bias, or neither.")
     if norm_weight is not None and norm_bias is not None:
         check_group_norm("conv3x3's norm", x, norm_weight, norm_bias, groups)
-    if residual is not None and (residual.dim() != 4 or residual.shape[:2] != (x.size(0), weight.size(0))):
-        raise ValueError(
-            f"conv3x3: residual has shape {tuple(residual.shape)}, give the result's, ({x.size(0)}, {weight.size(0)}, "
-            "height, width)."
-        )
+    factor = 2 if upsample else 1
+    shape = (x.size(0), weight.size(0), factor * x.size(2), factor * x.size(3))
+    if residual is not None and residual.shape != shape:
+        raise ValueError(f"conv3x3: residual has shape {tuple(residual.shape)}, give the result's, {shape}.")
     for name, tensor in (("weight", weight), ("bias", bias), ("residual", residual)):
         if tensor is not None and (tensor.dtype != x.dtype or tensor.device != x.device):
             raise ValueError(
@@ -175,10 +188,9 @@ def _conv3x3(
     upsample: bool,
     backend: str | None,
 ) -> Tensor:
-    _check(x, weight, bias, norm_weight, norm_bias, groups, residual)
+    _check(x, weight, bias, norm_weight, norm_bias, groups, residual, upsample)
     B, C, H, W = x.shape
     factor = 2 if upsample else 1
-    _check_size(residual, factor * H, factor * W)
     chosen = _OP.choose(backend, x.device.type, x)
     few = backend is None and B * -(-factor * H // 4) * -(-factor * W // 4) < _MIN_TILES
     if chosen == "reference" or few or not B:
@@ -206,13 +218,6 @@ def _conv3x3(
     return out
 
 
-def _check_size(residual: Tensor | None, height: int, width: int) -> None:
-    if residual is not None and residual.shape[2:] != (height, width):
-        raise ValueError(
-            f"conv3x3: residual is {residual.size(2)} x {residual.size(3)}, the result {height} x {width}; give that."
-        )
-
-
 def _empty(x: Tensor, weight: Tensor, upsample: bool) -> Tensor:
     """The result's memory, channels last."""
     B, _, H, W = x.shape
@@ -233,10 +238,8 @@ def _fake(
     upsample: bool,
     backend: str | None,
 ) -> Tensor:
-    _check(x, weight, bias, norm_weight, norm_bias, groups, residual)
-    out = _empty(x, weight, upsample)
-    _check_size(residual, out.size(2), out.size(3))
-    return out
+    _check(x, weight, bias, norm_weight, norm_bias, groups, residual, upsample)
+    return _empty(x, weight, upsample)
 
 
 autograd("conv3x3", _refuse_gradient)

@@ -19,6 +19,7 @@ from varkern.ops._library import (
     Op,
     autograd,
     check_floats,
+    check_in_place,
     check_integer,
     check_number,
     cpu_why_not,
@@ -107,6 +108,7 @@ def cached_attention(
         _refuse_gradient()
     prologue = q_bias, v_bias, log_scale
     if reference_forced():
+        check_in_place("cached_attention", "cache", cache, qkv, *prologue)
         return cached_attention_reference(qkv, cache, position, *prologue, softmax_scale)
     return torch.ops.varkern.cached_attention(qkv, cache, position, *prologue, softmax_scale, current_backend())
 
@@ -163,10 +165,12 @@ def _why_not_cpu(qkv: Tensor, *_: object) -> str | None:
     return cpu_why_not(qkv) or (None if qkv.dtype == torch.float64 else dtype_why_not(qkv))
 
 
-def _why_not_cuda(qkv: Tensor, *_: object) -> str | None:
+def _why_not_cuda(qkv: Tensor, cache: Tensor | None = None, *_: object) -> str | None:
     reason = cuda_why_not(qkv) or dtype_why_not(qkv)
     if reason is None and qkv.size(4) not in _CUDA_WIDTHS:
         reason = f"heads are {qkv.size(4)} wide and its kernels take {', '.join(map(str, _CUDA_WIDTHS))}"
+    if reason is None and cache is not None and cache.data_ptr() % 16:
+        reason = "cache begins at an address that is no multiple of 16 bytes, and its kernels write 16 bytes at a time"
     return reason
 
 
@@ -194,7 +198,7 @@ def _cached_attention(
     backend: str | None,
 ) -> Tensor:
     _check(qkv, cache, position, q_bias, v_bias, log_scale)
-    backend = _OP.choose(backend, qkv.device.type, qkv)
+    backend = _OP.choose(backend, qkv.device.type, qkv, cache)
     if backend == "reference":
         return cached_attention_reference(qkv, cache, position, q_bias, v_bias, log_scale, softmax_scale)
     B, n, _, H, D = qkv.shape
@@ -206,6 +210,7 @@ def _cached_attention(
     prologue = [None if t is None else t.detach().to(wide).contiguous() for t in (q_bias, v_bias, log_scale)]
     extra: tuple[int, ...] = ()
     if backend == "cuda":
+        prologue = [t if t is None or t.data_ptr() % 16 == 0 else t.clone() for t in prologue]
         splits = _splits(B * H, n, position + n)
         workspace = qkv.new_empty((splits, B * H * n, D + 2) if splits > 1 else 0, dtype=torch.float32)
         extra = workspace.data_ptr(), splits, *stream(qkv)

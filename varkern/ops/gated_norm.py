@@ -16,6 +16,9 @@ from varkern.ops._library import (
     DTYPE_CODES,
     Op,
     autograd,
+    check_floats,
+    check_in_place,
+    check_number,
     cpu_why_not,
     cuda_why_not,
     current_backend,
@@ -33,6 +36,8 @@ from varkern.ops._library import (
 from varkern.ops.norm import modulated_layer_norm_reference
 
 __all__ = ["gated_residual_layer_norm_", "gated_residual_layer_norm_reference_"]
+
+_NAMES = ("x", "h", "gate", "scale", "shift")
 
 
 def gated_residual_layer_norm_reference_(
@@ -67,10 +72,13 @@ def gated_residual_layer_norm_(
     serve, ``ValueError`` for shapes, dtypes or devices that do not fit. Nothing is written then. float64 is computed by
     the reference.
     """
-    _check(x, h, gate, scale, shift)
+    check_floats("gated_residual_layer_norm_", _NAMES, (x, h, gate, scale, shift))
+    check_number("gated_residual_layer_norm_", "eps", eps)
     if needs_gradient(x, h, gate, scale, shift):
         _refuse_gradient()
     if reference_forced():
+        _check(x, h, gate, scale, shift)
+        check_in_place("gated_residual_layer_norm_", "x", x, h, gate)
         return gated_residual_layer_norm_reference_(x, h, gate, scale, shift, eps)
     return torch.ops.varkern.gated_residual_layer_norm_(x, h, gate, scale, shift, eps, current_backend())
 
@@ -83,6 +91,7 @@ def _refuse_gradient(*_: object) -> NoReturn:
 
 
 def _check(x: Tensor, h: Tensor, gate: Tensor, scale: Tensor, shift: Tensor) -> None:
+    check_floats("gated_residual_layer_norm_", _NAMES, (x, h, gate, scale, shift))
     if x.dim() != 3:
         raise ValueError(f"gated_residual_layer_norm_: x has shape {tuple(x.shape)}, give (B, L, C).")
     if not x.is_contiguous():
@@ -106,11 +115,6 @@ def _check(x: Tensor, h: Tensor, gate: Tensor, scale: Tensor, shift: Tensor) -> 
             raise ValueError(
                 f"gated_residual_layer_norm_: {name} is on {tensor.device} and x on {x.device}, use one device."
             )
-    if not (x.is_floating_point() and h.is_floating_point() and gate.is_floating_point()):
-        raise ValueError(
-            f"gated_residual_layer_norm_: x is {x.dtype}, h {h.dtype} and gate {gate.dtype}, "
-            "give floating-point tensors."
-        )
 
 
 def _why_not_cuda(x: Tensor, h: Tensor, gate: Tensor, *_: object) -> str | None:

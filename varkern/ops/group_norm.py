@@ -19,6 +19,10 @@ from varkern.ops._library import (
     DTYPE_CODES,
     Op,
     autograd,
+    check_floats,
+    check_integer,
+    check_number,
+    check_truth,
     cpu_why_not,
     cuda_why_not,
     current_backend,
@@ -79,10 +83,12 @@ def group_norm_silu(
     For inference: raises ``RuntimeError`` where a gradient would be recorded, or where the backend asked for cannot
     serve, ``ValueError`` for shapes, dtypes or devices that do not fit. float64 is computed by the reference.
     """
-    check_group_norm("group_norm_silu", x, weight, bias, num_groups)
+    check_arguments("group_norm_silu", x, weight, bias, num_groups, eps)
+    check_truth("group_norm_silu", "silu", silu)
     if needs_gradient(x, weight, bias):
         _refuse_gradient()
     if reference_forced():
+        check_group_norm("group_norm_silu", x, weight, bias, num_groups)
         return group_norm_silu_reference(x, weight, bias, num_groups, eps, silu)
     return torch.ops.varkern.group_norm_silu(x, weight, bias, num_groups, eps, silu, current_backend())
 
@@ -99,10 +105,11 @@ def group_norm_affine(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, 
         PyTorch's own kernels lose, which have the same form; a fused multiply-add adds nothing to it.
         ``group_norm_silu`` does not lose it.
     """
-    check_group_norm("group_norm_affine", x, weight, bias, num_groups)
+    check_arguments("group_norm_affine", x, weight, bias, num_groups, eps)
     if needs_gradient(x, weight, bias):
         _refuse_gradient_affine()
     if reference_forced():
+        check_group_norm("group_norm_affine", x, weight, bias, num_groups)
         return group_norm_affine_reference(x, weight, bias, num_groups, eps)
     return torch.ops.varkern.group_norm_affine(x, weight, bias, num_groups, eps, current_backend())
 
@@ -121,7 +128,14 @@ def _refuse_gradient_affine(*_: object) -> NoReturn:
     )
 
 
+def check_arguments(op: str, x: object, weight: object, bias: object, num_groups: object, eps: object) -> None:
+    check_floats(op, ("x", "weight", "bias"), (x, weight, bias))
+    check_integer(op, "num_groups", num_groups)
+    check_number(op, "eps", eps)
+
+
 def check_group_norm(op: str, x: Tensor, weight: Tensor, bias: Tensor, num_groups: int) -> None:
+    check_floats(op, ("x", "weight", "bias"), (x, weight, bias))
     if x.dim() != 4 or 0 in x.shape[1:]:
         raise ValueError(f"{op}: x has shape {tuple(x.shape)}, give (B, C, H, W) with C, H, W > 0.")
     C = x.size(1)
@@ -134,8 +148,6 @@ def check_group_norm(op: str, x: Tensor, weight: Tensor, bias: Tensor, num_group
             raise ValueError(f"{op}: {name} is on {tensor.device} and x on {x.device}, use one device.")
     if weight.dtype != bias.dtype:
         raise ValueError(f"{op}: weight is {weight.dtype} and bias {bias.dtype}, give them one dtype.")
-    if not (x.is_floating_point() and weight.is_floating_point()):
-        raise ValueError(f"{op}: x is {x.dtype} and weight {weight.dtype}, give floating-point tensors.")
 
 
 def _why_not_cuda(x: Tensor, *_: object) -> str | None:

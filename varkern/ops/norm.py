@@ -32,7 +32,9 @@ from varkern.ops._library import (
     library,
     needs_gradient,
     once_differentiable,
+    reference_forced,
     stream,
+    transformed,
     triton_why_not,
 )
 
@@ -46,7 +48,8 @@ def modulated_layer_norm_reference(x: Tensor, scale: Tensor, shift: Tensor, eps:
     """``modulated_layer_norm`` in plain PyTorch, as an eager AdaLN block computes it; same arguments."""
     if scale.dim() == 2:
         scale, shift = scale.unsqueeze(1), shift.unsqueeze(1)
-    return F.layer_norm(x, (x.size(-1),), eps=eps).mul(scale.add(1)).add_(shift)
+    out = F.layer_norm(x, (x.size(-1),), eps=eps).mul(scale.add(1))
+    return out.add(shift) if transformed() else out.add_(shift)  # vmap cannot add in place what it alone has batched
 
 
 def modulated_layer_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Tensor:
@@ -69,7 +72,7 @@ def modulated_layer_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1
     check_floats("modulated_layer_norm", ("x", "scale", "shift"), (x, scale, shift))
     check_number("modulated_layer_norm", "eps", eps)
     backend = current_backend()
-    if backend == "reference" or (backend is None and torch.float64 in (x.dtype, scale.dtype)):
+    if reference_forced() or (backend is None and torch.float64 in (x.dtype, scale.dtype)):
         _check(x, scale, shift)
         return modulated_layer_norm_reference(x, scale, shift, eps)
     if needs_gradient(x, scale, shift):
@@ -152,25 +155,27 @@ def _pointers(statistics: Tensor) -> tuple[int, int]:
 
 
 def _compute(
-    x: Tensor, scale: Tensor, shift: Tensor, eps: float, backend: str | None, statistics: Tensor | None
-) -> Tensor:
+    x: Tensor, scale: Tensor, shift: Tensor, eps: float, backend: str | None, training: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The result and, for training, the statistics."""
     _check(x, scale, shift)
+    statistics = x.new_empty((2, *x.shape[:2]), dtype=torch.float32) if training else None
     backend = _OP.choose(backend, x.device.type, x, scale, shift)
     out_dtype = torch.promote_types(x.dtype, scale.dtype)
     if backend == "reference":
         if statistics is not None:
             variance, means = torch.var_mean(x.detach().float(), -1, correction=0)
             torch.stack((means, torch.rsqrt(variance + eps)), out=statistics)
-        return modulated_layer_norm_reference(x, scale, shift, eps).to(out_dtype).contiguous()
+        return modulated_layer_norm_reference(x, scale, shift, eps).to(out_dtype).contiguous(), statistics
 
     out = x.new_empty(x.shape, dtype=out_dtype)
     if out.numel() == 0:
-        return out
+        return out, statistics
     x, scale, shift = dense_last_axis(x), dense_last_axis(scale), dense_last_axis(shift)
     with device_guard(x):
         if backend == "triton":
             kernels("norm").modulated_layer_norm_forward(x, scale, shift, out, statistics, eps)
-            return out
+            return out, statistics
         B, L, C = x.shape
         mean, rstd = (0, 0) if statistics is None else _pointers(statistics)
         extension(backend).modulated_layer_norm_forward(
@@ -179,20 +184,21 @@ def _compute(
             *(DTYPE_CODES[x.dtype], DTYPE_CODES[scale.dtype], DTYPE_CODES[out_dtype], eps),
             *stream(x),
         )
-    return out
+    return out, statistics
 
 
 @impl("modulated_layer_norm")
 def _modulated_layer_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float, backend: str | None) -> Tensor:
-    return _compute(x, scale, shift, eps, backend, None)
+    return _compute(x, scale, shift, eps, backend, training=False)[0]
 
 
 @impl("modulated_layer_norm_forward")
 def _modulated_layer_norm_forward(
     x: Tensor, scale: Tensor, shift: Tensor, eps: float, backend: str | None
 ) -> tuple[Tensor, Tensor]:
-    statistics = x.new_empty((2, *x.shape[:2]), dtype=torch.float32)
-    return _compute(x, scale, shift, eps, backend, statistics), statistics
+    out, statistics = _compute(x, scale, shift, eps, backend, training=True)
+    assert statistics is not None
+    return out, statistics
 
 
 @impl("modulated_layer_norm_backward")

@@ -17,7 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from varkern.ops._library import check_floats, check_number, current_backend, needs_gradient, reference_forced
+from varkern.ops._library import (
+    check_floats,
+    check_in_place,
+    check_number,
+    current_backend,
+    needs_gradient,
+    reference_forced,
+)
 from varkern.ops.quantize_checks import (
     check_features,
     check_indices,
@@ -155,7 +162,7 @@ def maps_as_codes(maps: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[Size]]:
     """Vectors (B, Cv, h_k, w_k) of each scale as a codebook of their own: (indices, codebook, sizes)."""
     B, Cv = maps[0].shape[:2]
     vectors = torch.cat([codes.flatten(2) for codes in maps], 2).transpose(1, 2)
-    indices = torch.arange(B * vectors.size(1), device=vectors.device).view(vectors.shape[:2])
+    indices = torch.arange(B * vectors.size(1), dtype=torch.int64, device=vectors.device).view(vectors.shape[:2])
     codebook = vectors.reshape(-1, Cv) if B else vectors.new_zeros(1, Cv)
     return indices, codebook, [(codes.shape[2], codes.shape[3]) for codes in maps]
 
@@ -198,6 +205,7 @@ def next_scale_input(f_hat: Tensor, codes: Tensor, phi: Phi, following: Size | N
     size = [] if following is None else flat_sizes("next_scale_input", [following])
     check_step(f_hat, codes, phi.weight, phi.bias, size)
     if reference_forced() or needs_gradient(f_hat, codes, *weights):
+        check_in_place("next_scale_input", "f_hat", f_hat, codes, *weights)
         if f_hat.requires_grad and f_hat.is_leaf and torch.is_grad_enabled():
             raise RuntimeError(
                 "next_scale_input: f_hat is a leaf that requires a gradient and would be changed in place: give "

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from varkern.ops._library import check_floats, check_tensors
+from varkern.ops._library import check_floats, check_tensors, transformed
 from varkern.ops.quantize_reference import Size
 
 _MAX_SIDE = 1 << 15  # of a map: its number of positions, times a batch and Cv, is far from overflowing
@@ -106,9 +106,10 @@ def check_indices(
 def check_range(op: str, indices: Tensor, V: int) -> None:
     """Raises ``IndexError`` for indices that are in no codebook; on the CPU alone: elsewhere looking would wait.
 
-    Nor within a graph that is being compiled, which values would break.
+    Nor within a graph that is being compiled, which values would break, or where vmap has batched them.
     """
-    if indices.numel() and indices.device.type == "cpu" and not torch.compiler.is_compiling():
+    looks = indices.device.type == "cpu" and not torch.compiler.is_compiling() and not transformed()
+    if looks and indices.numel():
         low, high = (int(bound) for bound in torch.aminmax(indices))
         if low < 0 or high >= V:
             raise IndexError(f"{op}: indices from {low} to {high}, give 0 to {V - 1} for a codebook of {V} codes.")

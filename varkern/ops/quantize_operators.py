@@ -6,7 +6,6 @@ What they share: ``codebook`` (V, Cv), ``phi_weight`` (n, Cv, Cv, 3, 3) and ``ph
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from varkern._kept import kept
 from varkern.ops import quantize_reference as reference
 from varkern.ops._library import (
     Op,
@@ -73,15 +73,16 @@ def _why_not_triton_step(f_hat: Tensor, *_: object) -> str | None:
 
 
 def _example_quantize(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    return torch.zeros(1, 8, 2, 2, device=device), torch.zeros(16, 8, device=device)
+    return tuple(torch.zeros(shape, dtype=torch.float32, device=device) for shape in ((1, 8, 2, 2), (16, 8)))
 
 
 def _example_indices(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    return torch.zeros(1, 5, device=device, dtype=torch.int64), torch.zeros(16, 8, device=device)
+    indices = torch.zeros(1, 5, dtype=torch.int64, device=device)
+    return indices, torch.zeros(16, 8, dtype=torch.float32, device=device)
 
 
 def _example_step(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    return torch.zeros(1, 8, 2, 2, device=device), torch.zeros(1, 8, 1, 1, device=device)
+    return tuple(torch.zeros(shape, dtype=torch.float32, device=device) for shape in ((1, 8, 2, 2), (1, 8, 1, 1)))
 
 
 _WHY_NOT: dict[str, Callable[..., str | None]] = {"triton": _why_not_triton, "cpu": _why_not_cpu}
@@ -107,9 +108,9 @@ library.define(
 )
 
 
-@functools.lru_cache(maxsize=256)
+@kept
 def _scales(sizes: tuple[int, ...], phi_of_scale: tuple[int, ...]) -> tuple[np.ndarray, int]:
-    """The schedule as csrc/varkern.h has it, (K, 3) int64: height, width, phi; and its address, valid as long as it.
+    """The schedule as csrc/varkern.h has it, (K, 3) int64: height, width, phi; and its address.
 
     Sizes without a phi of their own follow the last scale that runs.
     """

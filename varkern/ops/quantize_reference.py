@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from varkern.ops._precision import full_float32_of
+
 Size = tuple[int, int]
 
 
@@ -29,12 +31,14 @@ AnyPhi = Phi | Callable[[Tensor], Tensor]  # a function: what must be called, no
 
 
 def phi_reference(h: Tensor, phi: AnyPhi) -> Tensor:
-    """phi of a (B, Cv, H, W) map."""
+    """phi of a (B, Cv, H, W) map, without TF32: a backward pass that runs later has the flags that are set then."""
     if not isinstance(phi, Phi):
         return phi(h)
     if phi.weight is None:
         return h
-    return h.mul(1 - phi.ratio) + F.conv2d(h, phi.weight, phi.bias, padding=phi.weight.shape[-1] // 2).mul_(phi.ratio)
+    with full_float32_of(h):
+        out = F.conv2d(h, phi.weight, phi.bias, padding=phi.weight.shape[-1] // 2)
+    return h.mul(1 - phi.ratio) + out.mul_(phi.ratio)
 
 
 def nearest_code_reference(z: Tensor, codebook: Tensor, cosine: bool = False) -> Tensor:
@@ -76,19 +80,18 @@ def residual_quantize_reference(
     ``all_f_hats=False`` after the last one alone.
     """
     full = (features.shape[-2], features.shape[-1])
-    rest, f_hat = features.detach().clone(), torch.zeros_like(features)
-    indices, f_hats = [], []
+    rest, f_hat = features.detach(), torch.zeros_like(features)
+    indices: list[Tensor] = []
+    f_hats: list[Tensor] = []
     for phi, size in zip(phis, sizes, strict=True):
         last = size == full
         codes = _scale_codes(rest, codebook, size, last, cosine)
         vectors = F.embedding(codes, codebook) if embed is None else embed(codes)
         h = _scale_map(vectors.permute(0, 3, 1, 2), phi, full, last)
-        f_hat.add_(h)
-        rest.sub_(h)
+        f_hat, rest = f_hat + h, rest - h
         indices.append(codes.flatten(1))
-        if all_f_hats:
-            f_hats.append(f_hat.clone())
-    return indices, f_hats if all_f_hats else [f_hat]
+        f_hats = [*f_hats, f_hat] if all_f_hats else [f_hat]
+    return indices, f_hats
 
 
 def residual_quantize_train_reference(
@@ -108,7 +111,7 @@ def residual_quantize_train_reference(
     """
     full = (features.shape[-2], features.shape[-1])
     target = features.detach()
-    rest, f_hat = target.clone(), torch.zeros_like(target)
+    rest, f_hat = target, torch.zeros_like(target)
     loss, indices = features.new_zeros(()), []
     for phi, size in zip(phis, sizes, strict=True):
         last = size == full
@@ -116,7 +119,7 @@ def residual_quantize_train_reference(
         vectors = F.embedding(codes, codebook) if embed is None else embed(codes)
         h = _scale_map(vectors.permute(0, 3, 1, 2), phi, full, last)
         f_hat = f_hat + h
-        rest.sub_(h.detach())
+        rest = rest - h.detach()
         indices.append(codes.flatten(1))
         loss = loss + F.mse_loss(f_hat.detach(), features) * beta + F.mse_loss(f_hat, target)
     return (f_hat.detach() - target) + features, loss / len(sizes), indices
@@ -138,9 +141,10 @@ def residual_quantize_backward_reference(
         same, grad_phi = size == full, None
         up = code.contiguous() if same else F.interpolate(code, size=full, mode="bicubic")
         if phi.weight is not None:
-            through, *grad_phi = torch.ops.aten.convolution_backward(
-                grad * phi.ratio, up, phi.weight, [Cv], [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, True, True]
-            )
+            with full_float32_of(up):
+                through, *grad_phi = torch.ops.aten.convolution_backward(
+                    grad * phi.ratio, up, phi.weight, [Cv], [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, True, True]
+                )
             grad = through + grad * (1 - phi.ratio)
         if not same:
             grad = torch.ops.aten.upsample_bicubic2d_backward(grad.contiguous(), full, [B, Cv, *size], False)
@@ -161,8 +165,8 @@ def residual_dequantize_reference(codes: Sequence[Tensor], phis: Sequence[AnyPhi
     f_hat = codes[0].new_zeros(*codes[0].shape[:2], *size, dtype=torch.float32)
     f_hats = []
     for h, phi in zip(codes, phis, strict=True):
-        f_hat.add_(_scale_map(h, phi, size, h.shape[-2:] == size))
-        f_hats.append(f_hat.clone())
+        f_hat = f_hat + _scale_map(h, phi, size, h.shape[-2:] == size)
+        f_hats.append(f_hat)
     return f_hats
 
 
@@ -186,7 +190,7 @@ def teacher_forcing_input_reference(codes: Sequence[Tensor], phis: Sequence[AnyP
     f_hat = codes[0].new_zeros(*codes[0].shape[:2], *full, dtype=torch.float32)
     inputs = []
     for h, phi, following in zip(codes, phis, sizes[1:], strict=False):
-        f_hat.add_(_scale_map(h, phi, full, last=False))
+        f_hat = f_hat + _scale_map(h, phi, full, last=False)
         inputs.append(F.interpolate(f_hat, size=following, mode="area").flatten(2).transpose(1, 2))
     return torch.cat(inputs, dim=1)
 

@@ -28,6 +28,7 @@ from varkern.ops._library import (
     impl,
     library,
     stream,
+    transformed,
 )
 
 __all__ = [
@@ -43,8 +44,11 @@ __all__ = [
 _MAX_V = 1 << 24  # as many categories as torch.multinomial takes
 
 
-def guided_logits_reference(logits: Tensor, guidance: float) -> Tensor:
-    """Classifier-free guidance: logits (2B, n, V), conditional rows first -> ``(1 + t) * cond - t * uncond``."""
+def guided_logits_reference(logits: Tensor, guidance: float | Tensor) -> Tensor:
+    """Classifier-free guidance: logits (2B, n, V), conditional rows first -> ``(1 + t) * cond - t * uncond``.
+
+    guidance: t, or (B, 1, 1).
+    """
     cond, uncond = logits.chunk(2)
     return (1 + guidance) * cond - guidance * uncond
 
@@ -133,8 +137,13 @@ def sample_tokens(
     if not isinstance(noise, Tensor):
         if noise is not None and not isinstance(noise, torch.Generator):
             raise TypeError(f"sample_tokens: noise is {type(noise).__name__}, give a tensor, a generator or None.")
+        if noise is not None and noise.device.type != logits.device.type:
+            raise ValueError(f"sample_tokens: noise is a generator on {noise.device} and logits on {logits.device}.")
         B, n, V = _shape(logits, guidance)
         noise = draw_noise(B * n, V, logits.device, noise)
+    if transformed():
+        _check_noise(logits, noise, guidance)
+        return _draw_reference(logits.detach(), noise, guidance, top_k, top_p)
     return torch.ops.varkern.sample_tokens(logits.detach(), noise, guidance, top_k, top_p, current_backend())
 
 
@@ -149,6 +158,8 @@ def filter_logits(logits: Tensor, guidance: float | None = None, top_k: int = 0,
     without its sort; on other devices that itself. NaN is passed on. There is no gradient.
     """
     _check_arguments("filter_logits", logits, guidance, top_k, top_p)
+    if transformed():
+        return _filter_reference(logits.detach(), guidance, top_k, top_p)
     return torch.ops.varkern.filter_logits(logits.detach(), guidance, top_k, top_p, current_backend())
 
 
@@ -215,7 +226,8 @@ def _filter_reference(logits: Tensor, guidance: float | None, top_k: int, top_p:
 def _draw_reference(logits: Tensor, noise: Tensor, guidance: float | None, top_k: int, top_p: float) -> Tensor:
     """The reference ops with noise that has been drawn; (B, n) int64."""
     p = _filter_reference(logits, guidance, top_k, top_p).softmax(dim=-1)
-    if p.device.type == "cpu" and bool((nan := p.amax(dim=-1).isnan().view(-1)).any()):
+    looks = p.device.type == "cpu" and not transformed()  # a batched value cannot be looked at
+    if looks and bool((nan := p.amax(dim=-1).isnan().view(-1)).any()):
         _raise_without_distribution(int(nan.nonzero()[0]), p.shape[1])
     return (p / noise.view(p.shape)).argmax(dim=-1)
 
@@ -237,7 +249,8 @@ def _why_not_cpu(logits: Tensor, *_: object) -> str | None:
 
 
 def _example(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    return torch.zeros(2, 4, 64, device=device, dtype=dtype), torch.ones(4, 64, device=device)
+    noise = torch.ones(4, 64, dtype=torch.float32, device=device)
+    return torch.zeros(2, 4, 64, device=device, dtype=dtype), noise
 
 
 _OP = Op("sample_tokens", {"cuda": _why_not_cuda, "cpu": _why_not_cpu}, _example)
@@ -264,7 +277,7 @@ def _sample_tokens(
 
     logits, noise = dense_last_axis(logits), noise.contiguous()
     tokens = logits.new_empty((B, n), dtype=torch.int64)
-    status = torch.zeros(2, dtype=torch.int64)  # filled on the CPU alone
+    status = torch.zeros(2, dtype=torch.int64, device="cpu")  # filled by the CPU's kernel alone
     with device_guard(logits):
         extension(backend).sample_tokens(
             *(logits.data_ptr(), noise.data_ptr(), tokens.data_ptr(), status.data_ptr(), B, n, V),
@@ -299,7 +312,8 @@ def _filter_logits(logits: Tensor, guidance: float | None, top_k: int, top_p: fl
         return _filter_reference(logits, guidance, top_k, top_p)
     logits = dense_last_axis(logits)
     B, n, V = _shape(logits, guidance)
-    out, undecided = torch.empty(B, n, V), torch.empty(B * n, dtype=torch.bool)
+    out = logits.new_empty((B, n, V), dtype=torch.float32)
+    undecided = logits.new_empty(B * n, dtype=torch.bool)
     extension(backend).filter_logits(
         *(logits.data_ptr(), out.data_ptr(), undecided.data_ptr(), B, n, V, logits.stride(0), logits.stride(1)),
         *(top_k, guidance or 0.0, top_p, DTYPE_CODES[logits.dtype], guidance is not None),
