@@ -9,7 +9,7 @@
 from varkern import edit
 from varkern._version import __version__
 from varkern.engine import Generation, generate, generate_scales
-from varkern.models import VAR, VARHF, VQVAE, CheckpointError, VectorQuantizer2, build_vae_var, load
+from varkern.models import VAR, VARHF, VQVAE, CheckpointError, CheckpointWarning, VectorQuantizer2, build_vae_var, load
 from varkern.ops import block_causal_attention, current_backend, modulated_layer_norm, use_backend
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "VARHF",
     "VQVAE",
     "CheckpointError",
+    "CheckpointWarning",
     "Generation",
     "VectorQuantizer2",
     "__version__",

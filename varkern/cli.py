@@ -92,8 +92,14 @@ def _box(text: str) -> Box:
 
 def _model_options(parser: Parser) -> None:
     group = parser.add_argument_group("model (default: the bundled digits)")
-    group.add_argument("--checkpoint", metavar="PATH", help="folder, Hub repository, or transformer weights file")
-    group.add_argument("--vae", metavar="FILE", help="tokenizer weights, where the checkpoint is a single file")
+    group.add_argument("--checkpoint", metavar="PATH", help="folder, Hub repository, or weights file")
+    group.add_argument("--vae", metavar="PATH", help="the tokenizer, where the checkpoint has none: the same kinds")
+    group.add_argument(
+        "--patch-nums",
+        type=_reader(tuple[int, ...]),
+        metavar="N,N,...",
+        help="sides of the token maps, where the weights do not tell them",
+    )
     group.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one, else cpu)")
     group.add_argument("--dtype", choices=commands.DTYPES, default="float32", help="of weights (default: %(default)s)")
 

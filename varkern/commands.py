@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib
 import importlib.util
@@ -13,6 +14,7 @@ import re
 import secrets
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,9 +24,8 @@ from torch import Tensor
 
 from varkern import edit, images
 from varkern.engine import generate
-from varkern.models import VAR, VQVAE, load
-from varkern.models.checkpoint import load_checkpoint, read_state, vqvae_config
-from varkern.models.schedule import PATCH_NUMS_256
+from varkern.models import VAR, VQVAE, CheckpointWarning, load
+from varkern.models.find import load_tokenizer, locate
 
 __all__ = ["bench", "edit_image", "evaluate", "info", "reconstruct", "sample", "train", "train_tokenizer"]
 
@@ -52,12 +53,33 @@ def _checkpoint(options: argparse.Namespace) -> str:
         from varkern.assets import bundled_model
 
         return str(bundled_model())
+    options.checkpoint = str(locate(options.checkpoint))  # a Hub repository is asked once
     return options.checkpoint
 
 
+@contextlib.contextmanager
+def _notes() -> Iterator[None]:
+    """What loading has to say, as lines on stderr."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", CheckpointWarning)
+        show = warnings.showwarning
+
+        def tell(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+            if issubclass(category, CheckpointWarning):
+                print(f"varkern: {message}", file=sys.stderr)
+            else:
+                show(message, category, *where, **more)
+
+        warnings.showwarning = tell
+        yield
+
+
 def _load(options: argparse.Namespace) -> VAR:
+    if options.vae is not None and options.checkpoint is None:
+        raise ValueError(f"--vae {options.vae} names a tokenizer; name the transformer too (--checkpoint)")
     device, checkpoint = _device(options), _checkpoint(options)
-    return load(checkpoint, vae=options.vae, device=device, dtype=DTYPES[options.dtype])
+    with _notes():
+        return load(checkpoint, options.vae, device, DTYPES[options.dtype], options.patch_nums)
 
 
 def _image_size(vae: VQVAE) -> int:
@@ -156,12 +178,12 @@ def _class_name(label: int, num_classes: int) -> str:
 
 
 def _tokenizer(options: argparse.Namespace) -> VQVAE:
-    if options.vae is None or options.checkpoint is not None:
+    if options.vae is not None and options.checkpoint is not None:
         return _load(options).vae_proxy[0]
-    state = read_state(options.vae)
-    vae = VQVAE(**vqvae_config(state, list(PATCH_NUMS_256)))
-    load_checkpoint(vae, state)
-    return vae.to(device=_device(options), dtype=DTYPES[options.dtype])
+    device = _device(options)
+    with _notes():
+        vae = load_tokenizer(options.vae or _checkpoint(options), options.patch_nums).vae
+    return vae.to(device=device, dtype=DTYPES[options.dtype])
 
 
 def reconstruct(options: argparse.Namespace) -> None:
@@ -235,7 +257,8 @@ def train_tokenizer(options: argparse.Namespace) -> None:
 def train(options: argparse.Namespace) -> None:
     from varkern import train as training
 
-    folder = training.train_transformer(_config(training.TransformerConfig, options))
+    with _notes():
+        folder = training.train_transformer(_config(training.TransformerConfig, options))
     print(f"wrote the model to {folder}")
 
 
@@ -249,7 +272,8 @@ def evaluate(options: argparse.Namespace) -> None:
         defaults = {"model": str(bundled_model()), "data": "digits", "image_size": 32, "channels": 1}
     elif "data" not in options:
         raise ValueError("name the images to measure on (--data FOLDER)")
-    print(json.dumps(measures.evaluate(_config(measures.EvaluateConfig, options, **defaults)), indent=2))
+    with _notes():
+        print(json.dumps(measures.evaluate(_config(measures.EvaluateConfig, options, **defaults)), indent=2))
 
 
 def bench(options: argparse.Namespace) -> int:

@@ -15,14 +15,14 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from varkern.engine.options import Options, ScaleStep
-from varkern.models.blocks import AdaLNSelfAttn, KVCache
+from varkern.models.blocks import AdaLNSelfAttn, DropPath, KVCache
 from varkern.models.plain import compute_dtype, is_plain, is_plain_norm
 from varkern.models.var import VAR
 from varkern.ops import sampling as ops
@@ -42,18 +42,19 @@ def may_fuse(block: nn.Module) -> bool:
         and is_plain(block)
         and is_plain(block.attn)
         and is_plain_norm(block.ln_wo_grad, block.C)
-        and (isinstance(block.drop_path, nn.Identity) or not block.training)  # stochastic depth belongs to the block
         and is_plain(block.drop_path)
+        # Stochastic depth belongs to the block.
+        and isinstance(block.drop_path, nn.Identity if block.drop_path.training else nn.Identity | DropPath)
         and block.attn.dropout == 0.0
     )
 
 
 def may_fuse_head(var: VAR) -> bool:
     """Whether the engine may do without `VAR.get_logits`: the head is affine, its norm the one that was built."""
-    own: Any = vars(var).get("get_logits") or type(var).get_logits
     norm = var.head_nm
     return (
-        own is VAR.get_logits
+        getattr(var.get_logits, "__func__", None) is VAR.get_logits
+        and isinstance(var.head, nn.Linear)
         and is_plain(var.head)
         and is_plain(norm)
         and is_plain_norm(norm.ln_wo_grad, norm.C)

@@ -94,7 +94,7 @@ def generate(
     with torch.no_grad(), use_backend(request.backend):
         if request.backend == "reference":
             with graphs.beside(device):
-                return request.reference()
+                return var.run_gathered(request.reference)
         label_B = request.labels
         if label_B is None:
             with graphs.beside(device):
@@ -104,7 +104,7 @@ def generate(
             if result is not None:
                 return result
         with graphs.beside(device):
-            return request.in_parts_that_fit(label_B, max_batch)
+            return var.run_gathered(functools.partial(request.in_parts_that_fit, label_B, max_batch))
 
 
 def _computed(options: Options, var: VAR, label_B: Tensor, noise: Noise) -> Generation:
@@ -231,7 +231,7 @@ class _Request:
             while True:
                 with torch.no_grad(), use_backend(self.backend), graphs.beside(self.var.lvl_1L.device):
                     steps = self.steps() if steps is None else steps
-                    step = next(steps, None)
+                    step = self.var.run_gathered(functools.partial(next, steps, None))
                     if step is None:
                         return
                     images = _images(self.var, step.f_hat)

@@ -12,7 +12,8 @@ import torch
 from tqdm import tqdm
 
 from varkern.eval.digits import DigitMeasures
-from varkern.models import VAR, VARHF
+from varkern.models import VAR, load, load_tokenizer
+from varkern.models.find import is_tokenizer
 from varkern.train.config import DataConfig, check, option, required, resolve_device
 from varkern.train.data import Part, batches, load_split
 from varkern.train.encode import encode_all
@@ -27,7 +28,8 @@ __all__ = ["EvaluateConfig", "evaluate", "generate"]
 class EvaluateConfig(DataConfig):
     """What to measure. The split must be that of training (same ``held_out`` and ``split_seed``)."""
 
-    model: str = required("folder (or Hub repository) that VARHF.from_pretrained reads")
+    model: str = required("folder, Hub repository, or weights file; of a tokenizer alone, only that is measured")
+    vae: str | None = option(None, "the tokenizer, where the model has none: the same kinds")
     part: str = option("held_out", "images to measure on: 'held_out' or 'train'")
     batch_size: int = option(128, "images at a time")
     generate: bool = option(False, "also generate and measure images (digits only)")
@@ -77,23 +79,26 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """
     config.validate()
     device = resolve_device(config.device)
-    var = VARHF.from_pretrained(config.model).to(device).eval()
-    vae = var.vae_proxy[0].to(device).eval()
+    var = None if config.vae is None and is_tokenizer(config.model) else load(config.model, config.vae, device)
+    vae = load_tokenizer(config.model).vae.to(device) if var is None else var.vae_proxy[0]
+    check(var is not None or not config.generate, f"{config.model} is a tokenizer alone; images need a transformer")
     size = vae.quantize.v_patch_nums[-1] * vae.downsample
     check(config.image_size == size, f"image_size is {config.image_size} but the model makes {size} pixels")
     check(config.channels == vae.in_channels, f"channels is {config.channels} but the model has {vae.in_channels}")
     train, held_out = load_split(replace(config, augment=False, flip=False))
     part = held_out if config.part == "held_out" else train
     check(len(part) > 0, f"the {config.part} part of {config.data} is empty; change held_out")
-    check(len(part.classes) == var.num_classes, f"{config.data} has {len(part.classes)} classes, not {var.num_classes}")
+    classes = len(part.classes) if var is None else var.num_classes
+    check(len(part.classes) == classes, f"{config.data} has {len(part.classes)} classes, not {classes}")
 
     result: dict[str, Any] = {"part": config.part, "images": len(part)}
     result["tokenizer"] = tokenizer_metrics(vae, part, config.batch_size, device)
-    tokens = encode_all(vae, part, config.batch_size, device, workers=config.workers)
-    dropped, var.cond_drop_rate = var.cond_drop_rate, 0.0
-    result["transformer"] = token_metrics_on(var, vae, tokens, config.batch_size, device)
-    var.cond_drop_rate = dropped
-    if config.generate:
+    if var is not None:
+        tokens = encode_all(vae, part, config.batch_size, device, workers=config.workers)
+        dropped, var.cond_drop_rate = var.cond_drop_rate, 0.0
+        result["transformer"] = token_metrics_on(var, vae, tokens, config.batch_size, device)
+        var.cond_drop_rate = dropped
+    if var is not None and config.generate:
         measures = DigitMeasures(stacked(train), train.labels, stacked(held_out), held_out.labels)
         settings: dict[str, Any] = {
             "cfg": config.cfg,

@@ -4,6 +4,8 @@ Linear layers are always called, so that they may be anything (wrapped, adapted,
 other modules asks `varkern.models.plain` first.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -130,7 +132,7 @@ class SelfAttention(nn.Module):
         self.attn_l2_norm = attn_l2_norm
         self.scale = 1.0 if attn_l2_norm else 0.25 / self.head_dim**0.5
         if attn_l2_norm:
-            self.scale_mul_1H11 = nn.Parameter(torch.full((1, num_heads, 1, 1), 4.0).log())
+            self.scale_mul_1H11 = nn.Parameter(torch.full((1, num_heads, 1, 1), math.log(4.0)))
             self.max_scale_mul = MAX_LOG_TEMPERATURE
         self.mat_qkv = nn.Linear(embed_dim, 3 * embed_dim, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(embed_dim))

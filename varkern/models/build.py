@@ -5,13 +5,12 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from varkern.models.checkpoint import CheckpointError, load_checkpoint, read_state, var_config, vqvae_config
+from varkern.models.find import find_model
 from varkern.models.hub import VARHF
 from varkern.models.schedule import PATCH_NUMS_256
 from varkern.models.var import VAR
@@ -112,35 +111,23 @@ def load(
     vae: str | os.PathLike[str] | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    patch_nums: Sequence[int] | None = None,
 ) -> VARHF:
     """A model ready to generate, in eval mode, its tokenizer in ``.vae_proxy[0]``.
 
     Args:
-        checkpoint: a directory written by ``save_pretrained``; a ``.pth`` or ``.safetensors`` file of the transformer
-            (its configuration is read from the shapes), together with ``vae``; a Hub repository id; or None: the
-            bundled model of handwritten digits.
-        vae: the tokenizer's weights, ``.pth`` or ``.safetensors``, where ``checkpoint`` is a single file.
+        checkpoint: a directory written by ``save_pretrained``; a weights file of the transformer (``.pth``,
+            safetensors, or a trainer's checkpoint; its configuration is read from the shapes); a Hub repository id; or
+            None: the bundled model of handwritten digits.
+        vae: the tokenizer where ``checkpoint`` has none: a weights file, a directory of tokenizer training or of a
+            model, or a Hub repository.
         device, dtype: where to put both, and in which floating-point type.
+        patch_nums: the schedule, for weights that do not tell it.
 
-    Raises CheckpointError where a file is missing, damaged or does not fit.
+    Raises CheckpointError where a file is missing, damaged or does not fit. A CheckpointWarning tells a choice.
     """
     if checkpoint is None:
         checkpoint = str(files("varkern") / "assets")
-    path = Path(checkpoint)
-    if path.is_file():
-        if vae is None:
-            raise CheckpointError(f"{path} holds the transformer alone; name the tokenizer's weights too (vae=...)")
-        state, vae_state = read_state(path), read_state(vae)
-        config = var_config(state)
-        model = VARHF(vae_kwargs=vqvae_config(vae_state, config["patch_nums"]), **config)
-        load_checkpoint(model, state)
-        load_checkpoint(model.vae_proxy[0], vae_state)
-    elif vae is not None:
-        raise CheckpointError(f"vae={vae} goes with a checkpoint file; {checkpoint} brings its own tokenizer")
-    elif path.is_dir() or (path.suffix not in (".pth", ".pt", ".safetensors") and str(checkpoint).count("/") == 1):
-        model = VARHF.from_pretrained(str(checkpoint))
-    else:
-        raise CheckpointError(f"{checkpoint} is neither a file, nor a directory, nor a Hub id such as user/name")
+    model = find_model(VARHF, checkpoint, vae, patch_nums)
     model.vae_proxy[0].to(device=device, dtype=dtype)
-    model = model.to(device=device, dtype=dtype).eval()
-    return model
+    return model.to(device=device, dtype=dtype).eval()

@@ -1,55 +1,87 @@
-"""Reading and writing weights: official ``.pth`` and safetensors files, strictly, without running what they hold."""
+"""Reading and writing weights: what people save, strictly, without running what it holds.
+
+`files` reads a file, `unwrap` finds the model in it, `configuration` reads the model's arguments from the shapes.
+"""
 
 import os
+import re
 import tempfile
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from varkern.models.schedule import patch_nums_of_lengths
+from varkern.models.configuration import var_config, vqvae_config
+from varkern.models.files import (
+    CHECKSUM,
+    CheckpointError,
+    CheckpointWarning,
+    Contents,
+    MissingCheckpointError,
+    checksum,
+    read_file,
+)
+from varkern.models.unwrap import models_in, plain_name, unwrap
+from varkern.models.var import VAR
+from varkern.ops.attention_reference import block_causal_mask
+
+__all__ = [
+    "CheckpointError",
+    "CheckpointWarning",
+    "MissingCheckpointError",
+    "load_checkpoint",
+    "misfits",
+    "read_state",
+    "refuse",
+    "save_state",
+    "state_of",
+    "var_config",
+    "vqvae_config",
+]
 
 StateDict = Mapping[str, Tensor]
 
+MASK, LEVELS, HITS = "attn_bias_for_masking", "lvl_1L", "quantize.ema_vocab_hit_SV"
+_ZERO = re.compile(r"blocks\.\d+\.attn\.zero_k_bias")
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be read or does not fit; the message names the file or key and the cause."""
 
+def read_state(path: str | os.PathLike[str], kind: str | None = None) -> dict[str, Tensor]:
+    """The state dict in a safetensors or PyTorch file; ``kind`` "VAR" or "VQVAE" chooses where the file holds both.
 
-def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The state dict in a ``.safetensors`` file, or a ``.pth``/``.pt``/``.bin`` file read with ``weights_only=True``.
-
-    Raises CheckpointError naming the file where it is missing, damaged, or holds anything but named tensors.
+    Prefixes of wrappers and the dicts of trainers are taken off; a CheckpointWarning says so where averaged weights
+    were chosen. The tensors are mapped from the file. Raises CheckpointError naming the file where it is missing,
+    damaged, or holds anything but named tensors.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"there is no checkpoint file {path}")
-    try:
-        if path.suffix == ".safetensors":
-            state: Any = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is no complete safetensors file ({error}); fetch or write it again") from error
-    except Exception as error:  # torch.load raises many types, by the place where the damage shows
-        unsafe = "weights_only" in str(error) or "Unsupported global" in str(error)
-        cause = (
-            "it holds more than tensors, and running what it holds is refused" if unsafe else str(error).split("\n")[0]
-        )
-        raise CheckpointError(f"{path} could not be read as weights: {cause}") from error
-    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
-        raise CheckpointError(f"{path} is not a flat dict of named tensors (a state dict)")
+    contents = read_file(path)
+    kinds = {model.kind for model in models_in(contents.value)}
+    return state_of(contents, kind or (kinds.pop() if len(kinds) == 1 else None), str(path))
+
+
+def state_of(contents: Contents, kind: str | None, where: str) -> dict[str, Tensor]:
+    """As `read_state`, of a file that was read."""
+    state, notes = unwrap(contents.value, kind, where)
+    claimed = sum(value.numel() * value.element_size() for value in state.values())
+    # Twice: two names may share one tensor. What is beyond is a view that repeats its memory.
+    if claimed > 2 * contents.size + 2**20:
+        raise CheckpointError(f"{where} claims to hold {claimed} bytes of weights in a file of {contents.size}")
+    for note in notes:
+        warnings.warn(note, CheckpointWarning, stacklevel=3)
     return state
 
 
 def save_state(state: StateDict, path: str | os.PathLike[str], metadata: dict[str, str] | None = None) -> None:
-    """Write a state dict as safetensors, atomically: a reader sees the old file or the whole new one."""
+    """Write a state dict as safetensors, atomically: a reader sees the old file or the whole new one.
+
+    A checksum goes into the metadata, by which `read_state` knows a damaged file.
+    """
     path = Path(path)
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
+    metadata = {"format": "pt", **(metadata or {})}
+    metadata[CHECKSUM] = checksum(tensors, metadata)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
     os.close(handle)
     try:
@@ -61,80 +93,167 @@ def save_state(state: StateDict, path: str | os.PathLike[str], metadata: dict[st
         raise
 
 
-def load_checkpoint(module: nn.Module, source: StateDict | str | os.PathLike[str]) -> None:
-    """Load weights strictly; the module is unchanged unless every key and shape fits.
+def load_checkpoint(
+    module: nn.Module, source: StateDict | str | os.PathLike[str], name: str = "the state dict"
+) -> None:
+    """Load weights strictly, from a state dict or a file; the module is unchanged unless everything fits.
 
-    Raises CheckpointError naming the first keys that are missing, unknown, or of another shape.
+    Prefixes and wrapping dicts are taken off, as by `read_state`. What follows from the schedule (``lvl_1L``,
+    ``attn_bias_for_masking``, ``zero_k_bias``) may be missing, and must be right where it is there; so may the hit
+    counts ``ema_vocab_hit_SV``, whose number of scales may differ: the module then keeps its own. Weights may be
+    float16, bfloat16, float32 or float64. A CheckpointWarning names weights that are not finite.
+
+    Raises CheckpointError naming the first keys that are missing, unknown, of another shape, or no plain tensors.
+    ``name`` is what a state dict is called there.
     """
-    where = "the state dict" if isinstance(source, Mapping) else str(source)
-    state = source if isinstance(source, Mapping) else read_state(source)
-    own = module.state_dict()
-    problems = []
-    missing, unknown = own.keys() - state.keys(), state.keys() - own.keys()
-    if missing:
-        problems.append(f"it lacks {_some(missing)}")
-    if unknown:
-        problems.append(f"the model has no {_some(unknown)}")
-    for name in own.keys() & state.keys():
-        # Hit counts follow the schedule of their own training; `VectorQuantizer2` keeps its own where they differ.
-        if own[name].shape != state[name].shape and not name.endswith("ema_vocab_hit_SV"):
-            problems.append(f"{name} is {tuple(state[name].shape)} where the model has {tuple(own[name].shape)}")
+    own = _own(module)
+    kind = "VAR" if "pos_1LC" in own else "VQVAE" if "quantize.embedding.weight" in own else None
+    if isinstance(source, Mapping):
+        state, notes = unwrap(source, kind, name)
+        for note in notes:
+            warnings.warn(note, CheckpointWarning, stacklevel=2)
+    else:
+        name = str(source)
+        state = state_of(read_file(source), kind, name)
+    problems = misfits(module, state)
+    unready = [key for key, value in own.items() if not _plain(value)]
+    if unready:
+        problems.append(
+            f"the model's own {unready[0]} is {_described(own[unready[0]])}: load before it is sharded or quantized, "
+            "and after to_empty(device=...)"
+        )
+    refuse(name, module, problems)
+    _copy(own, {**_derived(module, own), **state})
+    broken = [key for key in own if key in state and key != HITS and not _finite(state[key])]
+    if broken:
+        warnings.warn(f"{name}: {_some(broken)} hold NaN or infinity", CheckpointWarning, stacklevel=2)
+
+
+def refuse(name: object, module: nn.Module, problems: list[str]) -> None:
+    """Raises CheckpointError with the first of the problems, where there are any."""
     if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise CheckpointError(
-            f"{where} does not fit {type(module).__name__}: " + "; ".join(sorted(problems)[:3]) + more
-        )
-    module.load_state_dict(state, strict=True)
+        raise CheckpointError(f"{name} does not fit {type(module).__name__}: " + "; ".join(problems[:3]) + more)
 
 
-def _some(names: set[str]) -> str:
+def _own(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by their names without wrappers, as in a state dict, none made for it."""
+    own: dict[str, Tensor] = {}
+    for prefix, part in module.named_modules(remove_duplicate=False):
+        persistent = {n: b for n, b in part._buffers.items() if n not in part._non_persistent_buffers_set}
+        for name, value in {**part._parameters, **persistent}.items():
+            if value is not None:
+                own[plain_name(f"{prefix}.{name}" if prefix else name)] = value
+    return own
+
+
+def _transformer(module: nn.Module) -> VAR | None:
+    return next((part for part in module.modules() if isinstance(part, VAR)), None)
+
+
+def _derived(module: nn.Module, own: StateDict) -> dict[str, Tensor]:
+    """What a state dict may lack, made from the module's settings: on the CPU, whatever the module's device."""
+    var = _transformer(module)
+    if var is None or LEVELS not in own:
+        return {}
+    lengths = torch.tensor(var.scale_lengths, device="cpu")
+    levels = torch.arange(len(lengths), device="cpu").repeat_interleave(lengths).view(1, -1)
+    zeros = {name: torch.zeros(value.shape, device="cpu") for name, value in own.items() if _ZERO.fullmatch(name)}
+    return {LEVELS: levels, **zeros}
+
+
+def misfits(module: nn.Module, state: StateDict) -> list[str]:
+    """What keeps a state dict from being this module's, whose own tensors may be on the meta device.
+
+    Values are looked at only where names and shapes are right.
+    """
+    own = _own(module)
+    derived, var = _derived(module, own), _transformer(module)
+    known, optional = set(own), {*derived, HITS}
+    if LEVELS in derived:
+        known.add(MASK)
+        optional.add(MASK)
+    missing, unknown = own.keys() - state.keys() - optional, state.keys() - known
+    problems = [f"it lacks {_some(missing)}"] if missing else []
+    problems += [f"the model has no {_some(unknown)}"] if unknown else []
+    for name in sorted(own.keys() & state.keys()):
+        given = tuple(state[name].shape) if isinstance(state[name], Tensor) else None
+        if given is not None and given != tuple(own[name].shape) and name != HITS:
+            problems.append(f"{name} is {given} where the model has {tuple(own[name].shape)}")
+    if problems:
+        return problems
+    for name in sorted(known & state.keys()):
+        value = state[name]
+        if not isinstance(value, Tensor) or not _plain(value):
+            problems.append(f"{name} is {_described(value)}; a plain tensor with its values is needed")
+        elif name == MASK and var is not None:
+            problems += _wrong_mask(value, var)
+        elif name in derived:
+            if value.is_complex() or not torch.equal(value.cpu().double(), derived[name].double()):
+                right = f"the scales of patch_nums {var.patch_nums}" if name == LEVELS and var else "zero"
+                problems.append(f"{name} is not {right}, as it must be")
+        elif own[name].is_floating_point() and value.dtype not in _FLOATS:
+            problems.append(f"{name} is {value.dtype} where the model has {own[name].dtype}")
+        elif not own[name].is_floating_point() and (
+            value.is_complex() or not torch.equal(value, value.to(own[name].dtype).to(value.dtype))
+        ):
+            problems.append(f"{name} has values that {own[name].dtype} cannot hold")
+    return problems
+
+
+def _wrong_mask(mask: Tensor, var: VAR) -> list[str]:
+    if tuple(mask.shape) != (1, 1, var.L, var.L):
+        return [f"{MASK} is {tuple(mask.shape)} where the model has {(1, 1, var.L, var.L)}"]
+    right = block_causal_mask(var.scale_lengths, torch.float32, torch.device("cpu")).view(mask.shape)
+    if mask.dtype in _FLOATS and torch.equal(mask.cpu().float(), right):
+        return []
+    return [f"{MASK} is not the block-causal mask of patch_nums {var.patch_nums}, the only one that serves"]
+
+
+def _plain(value: Tensor) -> bool:
+    return (
+        type(value) in (Tensor, nn.Parameter)
+        and value.layout is torch.strided
+        and not value.is_meta
+        and not value.is_quantized
+    )
+
+
+def _described(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    if value.is_meta:
+        return "on the meta device, without values,"
+    if value.is_quantized:
+        return f"quantized ({value.dtype})"
+    if value.layout is not torch.strided:
+        return f"sparse ({value.layout})"
+    return f"a {type(value).__name__}"
+
+
+def _copy(own: StateDict, state: StateDict) -> None:
+    """Copy what was checked. Values that lie in the module's own memory are set aside, not to be overwritten first."""
+    memory = {value.untyped_storage().data_ptr() for value in own.values()}
+    given = {
+        name: value.detach().clone() if value.untyped_storage().data_ptr() in memory else value.detach()
+        for name, value in state.items()
+        if name in own and value is not own[name] and value.shape == own[name].shape
+    }
+    with torch.no_grad():
+        for name, value in given.items():
+            own[name].copy_(value)
+
+
+def _finite(value: Tensor) -> bool:
+    if not value.is_floating_point() or not value.numel():
+        return True
+    value = value.detach()
+    if value.sum().isfinite():  # the quicker test, but a sum may overflow
+        return True
+    low, high = value.aminmax()  # both are NaN where one value is
+    return bool(low.isfinite() & high.isfinite())
+
+
+def _some(names: Iterable[str]) -> str:
     first = sorted(names)
     return ", ".join(first[:3]) + (f" and {len(first) - 3} more keys" if len(first) > 3 else "")
-
-
-def _count(state: StateDict, prefix: str) -> int:
-    """How many numbered children ``prefix.0``, ``prefix.1``, ... a state dict has."""
-    return len({name[len(prefix) + 1 :].split(".")[0] for name in state if name.startswith(prefix + ".")})
-
-
-def var_config(state: StateDict) -> dict[str, Any]:
-    """Constructor arguments of the `VAR` that a state dict belongs to, read from its keys and shapes."""
-    try:
-        width = state["pos_start"].shape[-1]
-        l2_norm = "blocks.0.attn.scale_mul_1H11" in state
-        return {
-            "num_classes": state["class_emb.weight"].shape[0] - 1,
-            "depth": _count(state, "blocks"),
-            "embed_dim": width,
-            "num_heads": state["blocks.0.attn.scale_mul_1H11"].shape[1] if l2_norm else width // 64,
-            "mlp_ratio": state["blocks.0.ffn.fc1.weight"].shape[0] / width,
-            "shared_aln": "blocks.0.ada_gss" in state,
-            "attn_l2_norm": l2_norm,
-            "patch_nums": list(patch_nums_of_lengths(state["lvl_1L"].flatten().bincount().tolist())),
-        }
-    except KeyError as error:
-        raise CheckpointError(f"this is not a checkpoint of VAR: it lacks {error}") from error
-
-
-def vqvae_config(state: StateDict, patch_nums: list[int]) -> dict[str, Any]:
-    """Constructor arguments of the `VQVAE` that a state dict belongs to; the schedule is not in it."""
-    try:
-        codes, ch = state["quantize.embedding.weight"].shape, state["encoder.conv_in.weight"].shape[0]
-        levels = _count(state, "encoder.down")
-        widths = [state[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels)]
-        shared = _count(state, "quantize.quant_resi.qresi_ls")
-        single = "quantize.quant_resi.qresi.weight" in state
-        return {
-            "vocab_size": codes[0],
-            "z_channels": codes[1],
-            "ch": ch,
-            "quant_conv_ks": state["quant_conv.weight"].shape[-1],
-            "share_quant_resi": shared or int(single),
-            "default_qresi_counts": 0 if shared or single else _count(state, "quantize.quant_resi"),
-            "v_patch_nums": patch_nums,
-            "ch_mult": [width // ch for width in widths],
-            "num_res_blocks": _count(state, "encoder.down.0.block"),
-            "in_channels": state["encoder.conv_in.weight"].shape[1],
-        }
-    except KeyError as error:
-        raise CheckpointError(f"this is not a checkpoint of VQVAE: it lacks {error}") from error

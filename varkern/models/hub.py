@@ -1,20 +1,19 @@
 """`VARHF`: a `VAR` that owns its tokenizer's configuration and travels through the Hugging Face Hub."""
 
-import warnings
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+import torch
+from huggingface_hub import PyTorchModelHubMixin
 
-from varkern.models.checkpoint import load_checkpoint, save_state
+from varkern.models.checkpoint import save_state
+from varkern.models.find import VAE_WEIGHTS, WEIGHTS, find_model, metadata_of
 from varkern.models.plain import fusable
 from varkern.models.schedule import PATCH_NUMS_256
 from varkern.models.var import VAR
 from varkern.models.vqvae import VQVAE
-
-WEIGHTS, VAE_WEIGHTS = "model.safetensors", "vae.safetensors"
 
 
 @fusable
@@ -28,8 +27,8 @@ class VARHF(
     """`VAR` built together with ``VQVAE(**vae_kwargs)``; the other arguments are those of `VAR`.
 
     ``save_pretrained`` and ``push_to_hub`` write the configuration, the transformer (``model.safetensors``) and the
-    tokenizer (``vae.safetensors``); ``from_pretrained`` reads a directory or Hub repository, strictly. A repository
-    without tokenizer weights gives a warning and a tokenizer as initialised.
+    tokenizer (``vae.safetensors``); ``from_pretrained`` reads a directory or Hub repository, strictly. Where it has no
+    tokenizer's weights, ``vae`` must name them.
     """
 
     def __init__(
@@ -71,56 +70,47 @@ class VARHF(
         )
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        save_state(self.state_dict(), save_directory / WEIGHTS)
-        save_state(self.vae_proxy[0].state_dict(), save_directory / VAE_WEIGHTS)
+        config = dict(cast("dict[str, Any]", self._hub_mixin_config))
+        own = {"vae_kwargs": config.pop("vae_kwargs")}
+        save_state(self.state_dict(), save_directory / WEIGHTS, metadata_of(config))
+        save_state(self.vae_proxy[0].state_dict(), save_directory / VAE_WEIGHTS, metadata_of(own))
 
     @classmethod
-    def _from_pretrained(
+    def from_pretrained(
         cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
         *,
-        model_id: str,
-        revision: str | None,
-        cache_dir: str | Path | None,
-        force_download: bool,
-        local_files_only: bool,
-        token: str | bool | None,
-        map_location: str = "cpu",
+        vae: str | os.PathLike[str] | None = None,
+        map_location: str | torch.device = "cpu",
         strict: bool = True,
-        **model_kwargs: Any,
+        force_download: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        revision: str | None = None,
+        **changes: Any,
     ) -> "VARHF":
+        """A model in eval mode from a directory, Hub repository or weights file; ``changes`` go before its settings.
+
+        Args:
+            vae: the tokenizer's weights where there are none: a file, directory or repository.
+            map_location: the device to put both on.
+            force_download, token, cache_dir, local_files_only, revision: as in ``huggingface_hub``.
+
+        Raises CheckpointError in one sentence, ValueError for ``strict=False``.
+        """
         if not strict:
             raise ValueError("checkpoints are loaded strictly; load_state_dict(..., strict=False) takes a partial one")
-
-        def find(name: str) -> Path | None:
-            if Path(model_id).is_dir():
-                path = Path(model_id) / name
-                return path if path.is_file() else None
-            try:
-                return Path(
-                    hf_hub_download(
-                        repo_id=model_id,
-                        filename=name,
-                        revision=revision,
-                        cache_dir=cache_dir,
-                        force_download=force_download,
-                        token=token,
-                        local_files_only=local_files_only,
-                    )
-                )
-            except EntryNotFoundError:
-                return None
-
-        weights, vae_weights = find(WEIGHTS), find(VAE_WEIGHTS)
-        if weights is None:
-            raise FileNotFoundError(f"{model_id} has no {WEIGHTS}; is it a directory or repository of VARHF?")
-        model = cls(**model_kwargs)
-        load_checkpoint(model, weights)
-        if vae_weights is not None:
-            load_checkpoint(model.vae_proxy[0], vae_weights)
-        else:
-            warnings.warn(
-                f"{model_id} has no {VAE_WEIGHTS}: load the tokenizer's weights into .vae_proxy[0] before generating",
-                stacklevel=2,
-            )
+        model = find_model(
+            cls,
+            pretrained_model_name_or_path,
+            vae,
+            changes=changes,
+            force_download=force_download,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            revision=revision,
+        )
         model.vae_proxy[0].to(map_location)
         return model.to(map_location).eval()

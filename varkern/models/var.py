@@ -5,8 +5,9 @@ Shapes: B batch, L = sum of p_k^2 positions, C width, V codes, Cv code width. ``
 
 import itertools
 import math
-from collections.abc import Sequence
-from typing import Any, cast
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,9 @@ from varkern.ops.attention_peers import check_attention
 from varkern.ops.attention_reference import block_causal_mask, cached_block_causal_mask
 
 __all__ = ["VAR", "AdaLNSelfAttn", "SharedAdaLin", "gumbel_softmax_with_rng", "sample_with_top_k_top_p_"]
+
+
+T = TypeVar("T")
 
 
 def _trunc_normal(*shape: int, std: float) -> Tensor:
@@ -74,7 +78,7 @@ class VAR(nn.Module):
         fused_if_available: bool = True,
     ) -> None:
         super().__init__()
-        if embed_dim % num_heads:
+        if num_heads < 1 or embed_dim % num_heads:
             raise ValueError(f"embed_dim={embed_dim} is not divisible by num_heads={num_heads}")
         self.patch_nums = as_patch_nums(patch_nums)
         if self.patch_nums != vae_local.quantize.v_patch_nums:
@@ -132,7 +136,7 @@ class VAR(nn.Module):
             )
             for i, drop_path in enumerate(drop_paths)
         )
-        scale_of = torch.cat([torch.full((p * p,), k, dtype=torch.int64) for k, p in enumerate(self.patch_nums)])
+        scale_of = torch.tensor([k for k, p in enumerate(self.patch_nums) for _ in range(p * p)])
         self.register_buffer("lvl_1L", scale_of.view(1, self.L))
         self.head_nm = AdaLNBeforeHead(embed_dim, embed_dim, norm_eps)
         self.head = nn.Linear(embed_dim, self.V)
@@ -185,6 +189,14 @@ class VAR(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         _, strict, missing, unexpected, errors = args
+        levels = state_dict.get(prefix + "lvl_1L")
+        if levels is not None and levels.device.type != "meta" and levels.shape == self.lvl_1L.shape:
+            right = torch.arange(len(self.patch_nums), device=levels.device).repeat_interleave(
+                torch.tensor(self.scale_lengths, device=levels.device)
+            )
+            if not torch.equal(levels[0].double(), right.double()):
+                errors.append(f"{prefix}lvl_1L does not number the scales of patch_nums {self.patch_nums}")
+            state_dict[prefix + "lvl_1L"] = right.view(1, -1)  # integers, though the dict may be cast as a whole
         super()._load_from_state_dict(state_dict, prefix, *args)
         key = prefix + "attn_bias_for_masking"
         mask = state_dict.get(key)
@@ -296,6 +308,26 @@ class VAR(nn.Module):
             raise ValueError(
                 f"labels on {labels.device}, inputs on {x.device}, model on {self.pos_start.device}; move them together"
             )
+
+    def run_gathered(self, call: Callable[[], T]) -> T:
+        """``call()``, for a model that `fully_shard` has sharded: as a whole, or in its blocks.
+
+        The model's own parameters are gathered as in a forward pass; blocks, which are called, gather theirs.
+        """
+        fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+        sharded = [] if fsdp is None else [module for module in self.modules() if isinstance(module, fsdp.FSDPModule)]
+        if not sharded:
+            return call()
+        if "_run" not in vars(self):
+            fsdp.register_fsdp_forward_method(self, "_run")
+        try:
+            return self._run(call)
+        finally:  # a forward pass leaves that to the backward pass, and until then `parameters` gives copies
+            for module in sharded:
+                module.reshard()
+
+    def _run(self, call: Callable[[], T]) -> T:
+        return call()
 
     def autoregressive_infer_cfg(
         self,

@@ -162,7 +162,8 @@ class TokenizerConfig(LoopConfig):
 class TransformerConfig(LoopConfig):
     """Training of the class-conditional VAR transformer on a frozen tokenizer. The defaults build VAR-d16."""
 
-    tokenizer: str = required("folder written by tokenizer training, or a checkpoint file of the published tokenizer")
+    tokenizer: str = required("folder of tokenizer training or of a model, Hub repository, or weights file")
+    patch_nums: tuple[int, ...] | None = option(None, "sides of the token maps, where the tokenizer does not tell them")
     depth: int = option(16, "transformer blocks")
     width: int = option(0, "channels of a token; 0 takes 64 x depth")
     heads: int = option(0, "attention heads; 0 takes width / 64")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,7 +10,8 @@ import numpy as np
 import torch
 
 from varkern.models import VQVAE
-from varkern.models.checkpoint import load_checkpoint, save_state
+from varkern.models.checkpoint import save_state
+from varkern.models.find import CONFIG, VAE_WEIGHTS, load_tokenizer, metadata_of
 from varkern.train.codebook import count_codes, restart_unused_codes, usage_of
 from varkern.train.config import TokenizerConfig
 from varkern.train.data import Part, batches, load_split
@@ -20,17 +20,6 @@ from varkern.train.losses import psnr, reconstruction_loss
 from varkern.train.run import Run, atomic_write
 
 __all__ = ["TokenizerLoop", "load_tokenizer", "train_tokenizer"]
-
-CONFIG = "config.json"
-WEIGHTS = "vae.safetensors"
-
-
-@dataclass(frozen=True)
-class Tokenizer:
-    """A frozen tokenizer and the constructor arguments that rebuild it."""
-
-    vae: VQVAE
-    vae_kwargs: dict[str, Any]
 
 
 class TokenizerLoop(Loop):
@@ -110,31 +99,6 @@ def train_tokenizer(config: TokenizerConfig) -> Path:
 
 
 def save_tokenizer(vae: VQVAE, vae_kwargs: dict[str, Any], folder: Path) -> None:
-    save_state(vae.state_dict(), folder / WEIGHTS)
+    save_state(vae.state_dict(), folder / VAE_WEIGHTS, metadata_of({"vae_kwargs": vae_kwargs}))
     text = json.dumps({"vae_kwargs": vae_kwargs}, indent=2) + "\n"
     atomic_write(folder / CONFIG, lambda file: file.write(text.encode()))
-
-
-def load_tokenizer(source: str | Path, patch_nums: tuple[int, ...] | None = None) -> Tokenizer:
-    """A frozen tokenizer from a folder of ``train_tokenizer`` or of a whole model, or from a published checkpoint file.
-
-    A file is read as the published architecture (4096 codes of width 32, 160 base channels) with ``patch_nums``,
-    by default the 256 px schedule. Raises ``FileNotFoundError`` or ``ValueError`` saying what is missing.
-    """
-    source = Path(source)
-    if source.is_dir():
-        if not (source / CONFIG).is_file():
-            raise FileNotFoundError(f"{source} holds no {CONFIG}; give a folder written by tokenizer training")
-        settings = json.loads((source / CONFIG).read_text(encoding="utf-8"))
-        if "vae_kwargs" not in settings:
-            raise ValueError(f"{source / CONFIG} has no vae_kwargs; give a folder written by tokenizer training")
-        kwargs, weights = settings["vae_kwargs"], source / WEIGHTS
-    elif source.is_file():
-        kwargs, weights = {"ch": 160}, source
-        if patch_nums is not None:
-            kwargs["v_patch_nums"] = list(patch_nums)
-    else:
-        raise FileNotFoundError(f"tokenizer {source} does not exist; train one first or give its folder")
-    vae = VQVAE(**{**kwargs, "test_mode": True})
-    load_checkpoint(vae, weights)
-    return Tokenizer(vae, kwargs)

@@ -72,7 +72,7 @@ def train_transformer(config: TransformerConfig) -> Path:
     """
     config.validate()
     run = Run(config)
-    tokenizer = load_tokenizer(config.tokenizer)
+    tokenizer = load_tokenizer(config.tokenizer, config.patch_nums)
     check(
         tokenizer.vae.in_channels == config.channels,
         f"channels is {config.channels} but tokenizer {config.tokenizer} has {tokenizer.vae.in_channels}",
