@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import varkern.models.vqvae as vqvae
+from varkern.models import VQVAE, autoencoder
 from varkern.ops import (
     _library,
     group_norm_affine,
@@ -344,12 +344,12 @@ def test_a_backend_that_cannot_serve_says_why() -> None:
 
 
 def test_the_tokenizer_normalises_by_the_op_unless_it_trains(monkeypatch: pytest.MonkeyPatch) -> None:
-    vae = vqvae.VQVAE(32, 8, 32, v_patch_nums=(1, 2), ch_mult=(1, 2), num_res_blocks=1)
+    vae = VQVAE(32, 8, 32, v_patch_nums=(1, 2), ch_mult=(1, 2), num_res_blocks=1)
     calls: list[bool] = []  # whether SiLU follows: where it does, the convolution normalises
-    convolve, normalise = vqvae.conv3x3, vqvae.group_norm_silu
+    convolve, normalise = autoencoder.conv3x3, autoencoder.group_norm_silu
 
     def conv3x3(*args: Any, **options: Any) -> Tensor:
-        if any(isinstance(arg, vqvae.Norm) for arg in args):
+        if any(isinstance(arg, autoencoder.Norm) for arg in args):
             calls.append(True)
         return convolve(*args, **options)
 
@@ -361,8 +361,8 @@ def test_the_tokenizer_normalises_by_the_op_unless_it_trains(monkeypatch: pytest
     monkeypatch.setattr(vqvae, "group_norm_silu", group_norm)
     f_hat = torch.randn(1, 8, 2, 2)
     blocks = list(vae.decoder.modules())
-    activated = 1 + 2 * sum(isinstance(m, vqvae.ResnetBlock) for m in blocks)
-    plain = sum(isinstance(m, vqvae.AttnBlock) for m in blocks)
+    activated = 1 + 2 * sum(isinstance(m, autoencoder.ResnetBlock) for m in blocks)
+    plain = sum(isinstance(m, autoencoder.AttnBlock) for m in blocks)
     got = vae.fhat_to_img(f_hat)
     assert (calls.count(True), calls.count(False)) == (activated, plain)
     calls.clear()

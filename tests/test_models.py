@@ -327,7 +327,7 @@ class TestBadArguments:
             vae.quantize.idxBl_to_var_input([torch.zeros(1, n, dtype=torch.long) for n in (1, 5, 9)])
         with pytest.raises(ValueError, match="needs 3 token maps, got 1"):
             vae.quantize.idxBl_to_var_input([torch.zeros(1, 1, dtype=torch.long)])
-        with pytest.raises(ValueError, match="square number of tokens, got 5"):
+        with pytest.raises(ValueError, match="got 1 token maps for the 4 scales"):
             vae.idxBl_to_img([torch.zeros(1, 5, dtype=torch.long)], same_shape=True)
 
     @pytest.mark.parametrize(

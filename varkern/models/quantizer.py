@@ -1,24 +1,34 @@
 """`VectorQuantizer2`: the tokenizer's multi-scale residual quantizer, with the official names and results."""
 
-from collections.abc import Sequence
-from typing import Any, cast
+import operator
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeGuard
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from varkern.models.schedule import as_patch_nums, as_sizes, phi_index
+from varkern.models.plain import compute_dtype, fusable, is_plain, is_plain_conv
+from varkern.models.schedule import as_patch_nums, as_sizes, nearest_tick, phi_ticks
 from varkern.ops import quantize as ops
 from varkern.ops._library import check_floats
 from varkern.ops.quantize import Size
 
 
-def check_map(op: str, name: str, h: Tensor, channels: int | None, device: torch.device) -> None:
+def device_of(module: nn.Module) -> torch.device | None:
+    """Where the input of a plain layer must be; another module has to say itself what it takes: None."""
+    weight = getattr(module, "weight", None)
+    return weight.device if isinstance(weight, Tensor) and is_plain(module) else None
+
+
+def check_map(op: str, name: str, h: Tensor, channels: int | None, device: torch.device | None) -> None:
     """Raises TypeError for what is no tensor, ValueError for a map that is not (B, channels, H, W) on the device."""
     check_floats(op, (name,), (h,))
     if channels is not None and (h.ndim != 4 or h.shape[1] != channels or 0 in h.shape[2:]):
         raise ValueError(f"{op}: {name} must be (B, {channels}, H, W), got {tuple(h.shape)}")
-    if h.device != device:
+    if device is not None and h.device != device:
         raise ValueError(f"{op}: {name} are on {h.device} but the tokenizer is on {device}; move one of them")
 
 
@@ -31,22 +41,63 @@ def check_maps(name: str, maps: Sequence[Tensor], meaning: str) -> None:
         raise ValueError(f"{name} is empty, give {meaning} of each scale")
 
 
+@fusable
 class PhiConv(nn.Conv2d):
-    """phi(h) = (1 - r) * h + r * conv3x3(h)."""
+    """phi(h) = (1 - r) * h + r * conv3x3(h), computed in float32."""
 
     def __init__(self, channels: int, ratio: float) -> None:
         super().__init__(channels, channels, kernel_size=3, padding=1)
         self.resi_ratio = abs(ratio)
 
     def forward(self, h: Tensor) -> Tensor:
-        return ops.phi_reference(h, phi_of(self))
+        wide, bias = h.float(), None if self.bias is None else self.bias.float()
+        conv = self._conv_forward(wide, self.weight.float(), bias)
+        return (wide.mul(1 - self.resi_ratio) + conv.mul_(self.resi_ratio)).to(h.dtype)
 
 
-def phi_of(module: nn.Module) -> ops.Phi:
-    """What the ops need of a residual convolution, in float32; a module without weights is the identity."""
-    if not isinstance(module, PhiConv):
+def _phi_of(module: nn.Module) -> ops.Phi | None:
+    """What the ops need of a residual convolution, in float32; None where it must be called instead."""
+    if isinstance(module, nn.Identity) and is_plain(module):
         return ops.Phi(None, None, 0.0)
-    return ops.Phi(module.weight.float(), cast(Tensor, module.bias).float(), module.resi_ratio)
+    if not isinstance(module, PhiConv) or not is_plain_conv(module, 3):
+        return None
+    assert module.bias is not None
+    return ops.Phi(module.weight.float(), module.bias.float(), module.resi_ratio)
+
+
+def _called(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """A residual mapping as a function from float32 to float32."""
+
+    def phi(h: Tensor) -> Tensor:
+        dtype = h.dtype if isinstance(module, PhiConv) else compute_dtype(module, h.dtype)
+        return module(h.to(dtype)).float()
+
+    return phi
+
+
+def _for_ops(phis: Sequence[ops.AnyPhi]) -> TypeGuard[Sequence[ops.Phi]]:
+    return all(isinstance(phi, ops.Phi) for phi in phis)
+
+
+def _is_plain_embedding(module: nn.Module) -> bool:
+    """Whether its codes, and their gradient, are those of its weight's rows."""
+    if not (isinstance(module, nn.Embedding) and is_plain(module)):
+        return False
+    return module.padding_idx is None and module.max_norm is None and not (module.scale_grad_by_freq or module.sparse)
+
+
+def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    # Autocast knows no meta tensors.
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, (int, np.integer, torch.SymInt))
+
+
+def _own(parts: Sequence[Tensor]) -> list[Tensor]:
+    """Contiguous copies, each of its own memory: one that is kept keeps no other."""
+    return [part.clone(memory_format=torch.contiguous_format) for part in parts]
 
 
 def _new_phi(channels: int, ratio: float) -> nn.Module:
@@ -63,21 +114,34 @@ class PhiShared(nn.Module):
         return self.qresi
 
 
-class PhiPartiallyShared(nn.Module):
+class _Ticks:
+    """The positions of several convolutions."""
+
+    _ticks: tuple[float, ...]
+
+    @property
+    def ticks(self) -> np.ndarray:
+        """(n,) float64."""
+        return np.array(self._ticks, dtype=np.float64)
+
+
+class PhiPartiallyShared(_Ticks, nn.Module):
     def __init__(self, channels: int, ratio: float, count: int) -> None:
         super().__init__()
         self.qresi_ls = nn.ModuleList(_new_phi(channels, ratio) for _ in range(count))
+        self._ticks = phi_ticks(count)
 
     def __getitem__(self, position: float) -> nn.Module:
-        return self.qresi_ls[phi_index(position, len(self.qresi_ls))]
+        return self.qresi_ls[nearest_tick(position, self._ticks)]
 
 
-class PhiNonShared(nn.ModuleList):
+class PhiNonShared(_Ticks, nn.ModuleList):
     def __init__(self, channels: int, ratio: float, count: int) -> None:
         super().__init__(_new_phi(channels, ratio) for _ in range(count))
+        self._ticks = phi_ticks(count)
 
     def __getitem__(self, position: float) -> nn.Module:  # type: ignore[override]
-        return super().__getitem__(phi_index(position, len(self)))
+        return super().__getitem__(nearest_tick(position, self._ticks))
 
 
 class VectorQuantizer2(nn.Module):
@@ -121,7 +185,7 @@ class VectorQuantizer2(nn.Module):
             self.quant_resi = PhiShared(Cvae, quant_resi)
         else:
             self.quant_resi = PhiPartiallyShared(Cvae, quant_resi, share_quant_resi)
-        self.register_buffer("ema_vocab_hit_SV", torch.zeros(len(self.v_patch_nums), vocab_size))
+        self.register_buffer("ema_vocab_hit_SV", torch.zeros(len(self.v_patch_nums), vocab_size, dtype=torch.float32))
         self.record_hit = 0
         self.embedding = nn.Embedding(vocab_size, Cvae)
         self.prog_si = -1  # progressive training: the last scale that takes part, -1 = all
@@ -129,12 +193,33 @@ class VectorQuantizer2(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.v_patch_nums}, znorm={self.using_znorm}, beta={self.beta}, quant_resi={self.quant_resi_ratio}"
 
-    def phis(self, num_scales: int) -> list[ops.Phi]:
-        """phi of each of ``num_scales`` scales."""
-        return [phi_of(self.quant_resi[k / (num_scales - 1)]) for k in range(num_scales)]
+    def eini(self, eini: float) -> None:
+        """Initialise the codes: from a normal distribution of this standard deviation, cut at 2 in absolute value;
+        below zero uniformly in ``+-|eini| / V``; at zero leave them."""
+        if eini > 0:
+            nn.init.trunc_normal_(self.embedding.weight.data, std=eini)
+        elif eini < 0:
+            bound = -eini / self.vocab_size
+            self.embedding.weight.data.uniform_(-bound, bound)
+
+    def phis(self, num_scales: int) -> Sequence[ops.AnyPhi]:
+        """phi of each of ``num_scales`` scales: what the ops take, or where one must be called a function for each."""
+        modules = [self.quant_resi[k / (num_scales - 1)] for k in range(num_scales)]
+        phis: list[ops.Phi] = []
+        for k, module in enumerate(modules):
+            shared = k > 0 and module is modules[k - 1]
+            phi = phis[-1] if shared else _phi_of(module)
+            # The ops have one ratio, and no identity among convolutions.
+            if phi is None or (phis and (phi.ratio, phi.weight is None) != (phis[0].ratio, phis[0].weight is None)):
+                return [_called(module) for module in modules]
+            phis.append(phi)
+        return phis
 
     def _codebook(self) -> Tensor:
         return self.embedding.weight.float()
+
+    def _embed(self, indices: Tensor) -> Tensor:
+        return self.embedding(indices).float()
 
     def _running(self, num_scales: int) -> int:
         return num_scales if self.prog_si < 0 else min(self.prog_si + 1, num_scales)
@@ -145,13 +230,18 @@ class VectorQuantizer2(nn.Module):
         While training under torch.distributed the hit counts are summed over processes into `ema_vocab_hit_SV`;
         the usages count codes whose average there reaches 8 % of an even share.
         """
-        check_map("VectorQuantizer2", "features", f_BChw, self.Cvae, self.embedding.weight.device)
-        with torch.autocast(f_BChw.device.type, enabled=False):
+        check_map("VectorQuantizer2", "features", f_BChw, self.Cvae, device_of(self.embedding))
+        with _without_autocast(f_BChw):
             sizes = as_sizes(self.v_patch_nums)
-            f_BChw = f_BChw.float()
-            f_hat, loss, indices = ops.residual_quantize_train(
-                f_BChw, self._codebook(), self.phis(len(sizes)), sizes, self.beta, self.using_znorm
-            )
+            f_BChw, codebook, phis = f_BChw.float(), self._codebook(), self.phis(len(sizes))
+            if _for_ops(phis) and _is_plain_embedding(self.embedding):
+                f_hat, loss, indices = ops.residual_quantize_train(
+                    f_BChw, codebook, phis, sizes, self.beta, self.using_znorm
+                )
+            else:
+                f_hat, loss, indices = ops.residual_quantize_train_reference(
+                    f_BChw, codebook, phis, sizes, self.beta, self.using_znorm, self._embed
+                )
             if self.training and dist.is_initialized():
                 self._record_hits(indices)
             if not ret_usages:
@@ -178,7 +268,8 @@ class VectorQuantizer2(nn.Module):
     ) -> list[Tensor] | Tensor:
         """f_hat after each scale (or the last) from embeddings (B, Cv, p_k, p_k) of all scales.
 
-        With ``all_to_max_scale=False`` the k-th f_hat has size p_k instead of p_K.
+        With ``all_to_max_scale=False`` the k-th f_hat has size p_k instead of p_K. Embeddings (B, Cv, h_k, w_k) of
+        other maps than the schedule's are taken as they are: the last of them has the full size.
         """
         check_maps("ms_h_BChw", ms_h_BChw, "embeddings (B, Cv, p_k, p_k)")
         if len(ms_h_BChw) != len(self.v_patch_nums):
@@ -186,17 +277,20 @@ class VectorQuantizer2(nn.Module):
                 f"expected embeddings of {len(self.v_patch_nums)} scales {self.v_patch_nums}, got {len(ms_h_BChw)}"
             )
         for h in ms_h_BChw:
-            check_map("embed_to_fhat", "embeddings", h, self.Cvae, self.embedding.weight.device)
+            check_map("embed_to_fhat", "embeddings", h, self.Cvae, device_of(self.embedding))
             if h.shape[0] != ms_h_BChw[0].shape[0]:
                 raise ValueError(f"embeddings must have one batch size, got {[h.shape[0] for h in ms_h_BChw]}")
-        with torch.autocast(ms_h_BChw[0].device.type, enabled=False):
+        with _without_autocast(ms_h_BChw[0]):
             phis, maps = self.phis(len(self.v_patch_nums)), [h.float() for h in ms_h_BChw]
-            if all_to_max_scale:
-                full = as_sizes(self.v_patch_nums)[-1]
+            full = (maps[-1].shape[2], maps[-1].shape[3])
+            if not all_to_max_scale:
+                f_hats = ops.growing_dequantize_reference(maps, phis)
+            elif _for_ops(phis):
                 indices, vectors, sizes = ops.maps_as_codes(maps)
                 f_hats = ops.residual_dequantize(indices, vectors, phis, sizes, full)
+                f_hats = _own(f_hats[-1:] if last_one else f_hats)
             else:
-                f_hats = ops.growing_dequantize_reference(maps, phis)
+                f_hats = ops.residual_dequantize_reference(maps, phis, full)
         return f_hats[-1] if last_one else f_hats
 
     def f_to_idxBl_or_fhat(
@@ -207,17 +301,22 @@ class VectorQuantizer2(nn.Module):
         ``v_patch_nums`` may hold ints or (h, w) pairs; its last entry must be (H, W), else ValueError.
         """
         sizes = as_sizes(self.v_patch_nums if v_patch_nums is None else v_patch_nums)
-        check_map("f_to_idxBl_or_fhat", "features", f_BChw, None, self.embedding.weight.device)
+        check_map("f_to_idxBl_or_fhat", "features", f_BChw, None, device_of(self.embedding))
         if f_BChw.ndim != 4 or f_BChw.shape[1] != self.Cvae or (f_BChw.shape[2], f_BChw.shape[3]) != sizes[-1]:
             raise ValueError(
                 f"features must be (B, {self.Cvae}, {sizes[-1][0]}, {sizes[-1][1]}) for this schedule, got "
                 f"{tuple(f_BChw.shape)}; pass v_patch_nums ending in the feature size"
             )
         run = self._running(len(sizes))
-        with torch.no_grad(), torch.autocast(f_BChw.device.type, enabled=False):
-            phis = self.phis(len(sizes))
-            indices, f_hats = ops.residual_quantize(
-                f_BChw, self._codebook(), phis[:run], sizes[:run], self.using_znorm, all_f_hats=to_fhat
+        with torch.no_grad(), _without_autocast(f_BChw):
+            phis, codebook = self.phis(len(sizes))[:run], self._codebook()
+            if _for_ops(phis) and _is_plain_embedding(self.embedding):
+                indices, f_hats = ops.residual_quantize(
+                    f_BChw, codebook, phis, sizes[:run], self.using_znorm, all_f_hats=to_fhat
+                )
+                return _own(f_hats if to_fhat else indices)
+            indices, f_hats = ops.residual_quantize_reference(
+                f_BChw.float(), codebook, phis, sizes[:run], self.using_znorm, to_fhat, self._embed
             )
         return f_hats if to_fhat else indices
 
@@ -230,7 +329,7 @@ class VectorQuantizer2(nn.Module):
 
     def check_codes(self, ms_idx_Bl: Sequence[Tensor]) -> None:
         """Raises TypeError, ValueError or, on the CPU alone, IndexError for tokens that are no codes of ours."""
-        device, batch = self.embedding.weight.device, ms_idx_Bl[0].shape[:1]
+        device, batch = device_of(self.embedding) or ms_idx_Bl[0].device, ms_idx_Bl[0].shape[:1]
         for idx in ms_idx_Bl:
             if idx.dtype not in (torch.int64, torch.int32):
                 raise TypeError(f"tokens are {idx.dtype}, give int64")
@@ -250,7 +349,7 @@ class VectorQuantizer2(nn.Module):
         self._check_tokens(ms_idx_Bl)
         maps = []
         for idx, (h, w) in zip(ms_idx_Bl, as_sizes(self.v_patch_nums), strict=False):
-            maps.append(self.embedding(idx).float().transpose(1, 2).reshape(idx.shape[0], self.Cvae, h, w))
+            maps.append(self._embed(idx).transpose(1, 2).reshape(idx.shape[0], self.Cvae, h, w))
         return maps
 
     def idxBl_to_var_input(self, gt_ms_idx_Bl: Sequence[Tensor]) -> Tensor | None:
@@ -265,27 +364,44 @@ class VectorQuantizer2(nn.Module):
         check_maps("gt_ms_idx_Bl", gt_ms_idx_Bl, "token maps (B, n_k)")
         if len(gt_ms_idx_Bl) < produced:
             raise ValueError(f"the input of scale {produced + 1} needs {produced} token maps, got {len(gt_ms_idx_Bl)}")
-        self._check_tokens(gt_ms_idx_Bl[:produced])
-        with torch.no_grad(), torch.autocast(gt_ms_idx_Bl[0].device.type, enabled=False):
-            indices, phis = torch.cat(list(gt_ms_idx_Bl[:produced]), dim=1), self.phis(len(sizes))
-            return ops.teacher_forcing_input(indices, self._codebook(), phis[:produced], sizes)
+        given = list(gt_ms_idx_Bl[:produced])
+        self._check_tokens(given)
+        with torch.no_grad(), _without_autocast(given[0]):
+            phis = self.phis(len(sizes))[:produced]
+            if not _for_ops(phis):
+                return ops.teacher_forcing_input_reference(self.embeddings(given), phis, sizes)
+            if _is_plain_embedding(self.embedding):
+                indices, codebook = torch.cat(given, dim=1).long(), self._codebook()
+            else:
+                indices, codebook, _ = ops.maps_as_codes(self.embeddings(given))
+            return ops.teacher_forcing_input(indices, codebook, phis, sizes)
 
     def get_next_autoregressive_input(self, si: int, SN: int, f_hat: Tensor, h_BChw: Tensor) -> tuple[Tensor, Tensor]:
         """Add the embeddings (B, Cv, p_k, p_k) of scale ``si`` of ``SN`` to f_hat, in place.
 
-        Returns f_hat and its area-downsampling to p_{k+1}; at the last scale both are f_hat.
+        Returns f_hat and its area-downsampling to p_{k+1}, both of f_hat's dtype; at the last scale both are f_hat.
+        What is added is computed in float32.
         """
         scales = len(self.v_patch_nums)
-        if not (isinstance(si, int) and isinstance(SN, int) and scales == SN and 0 <= si < scales):
+        if not (_is_integer(si) and _is_integer(SN) and scales == SN and 0 <= si < scales):
             raise ValueError(
                 f"si={si!r} of SN={SN!r}: give a scale in [0, {scales - 1}] and the number of all, {scales}"
             )
         for name, h in (("f_hat", f_hat), ("h_BChw", h_BChw)):
-            check_map("get_next_autoregressive_input", name, h, self.Cvae, self.embedding.weight.device)
-        following: Size | None = as_sizes(self.v_patch_nums)[si + 1] if si != SN - 1 else None
-        with torch.autocast(f_hat.device.type, enabled=False):
-            phi = phi_of(self.quant_resi[si / (SN - 1)])
-            return ops.next_scale_input(f_hat, h_BChw.float(), phi, following)
+            check_map("get_next_autoregressive_input", name, h, self.Cvae, device_of(self.embedding))
+        if h_BChw.shape[0] != f_hat.shape[0] or h_BChw.device != f_hat.device:
+            raise ValueError(
+                f"f_hat and h_BChw must have one batch size and device, got {f_hat.shape[0]} on {f_hat.device} and "
+                f"{h_BChw.shape[0]} on {h_BChw.device}"
+            )
+        si = operator.index(si)
+        following: Size | None = as_sizes(self.v_patch_nums)[si + 1] if si != scales - 1 else None
+        with _without_autocast(f_hat):
+            module = self.quant_resi[si / (scales - 1)]
+            phi = _phi_of(module)
+            if phi is not None and f_hat.dtype == torch.float32:
+                return ops.next_scale_input(f_hat, h_BChw.float(), phi, following)
+            return ops.next_scale_input_reference(f_hat, h_BChw.float(), phi or _called(module), following)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # Hit counts of a tokenizer trained with another number of scales say nothing here: keep ours.

@@ -45,16 +45,27 @@ def patch_nums_of_lengths(lengths: Sequence[int]) -> tuple[int, ...]:
     sides = tuple(math.isqrt(n) for n in lengths)
     for side, n in zip(sides, lengths, strict=True):
         if side * side != n:
-            raise ValueError(f"a square token map has a square number of tokens, got {n}; pass (B, p, p) maps instead")
+            raise ValueError(f"a square token map has a square number of tokens, got {n}")
     return sides
 
 
-def phi_index(position: float, num_phis: int) -> int:
-    """Which of ``num_phis`` residual convolutions serves the scale at ``position`` = k / (K - 1) in [0, 1].
-
-    The one whose tick is nearest. Half-way cases occur in the 256 px schedule, so both the ticks and the distances
-    are float64 from ``numpy.linspace``: another rounding would pick another convolution.
-    """
+def phi_ticks(num_phis: int) -> tuple[float, ...]:
+    """The position in [0, 1] of each of ``num_phis`` residual convolutions."""
     margin = 1 / 3 / num_phis if num_phis == 4 else 1 / 2 / num_phis
-    ticks = np.linspace(margin, 1 - margin, num_phis)
-    return int(np.argmin(np.abs(ticks - position)))
+    return tuple(np.linspace(margin, 1 - margin, num_phis).tolist())
+
+
+def nearest_tick(position: float, ticks: Sequence[float]) -> int:
+    """Which residual convolution serves the scale at ``position`` = k / (K - 1) in [0, 1]: the first of the nearest.
+
+    Half-way cases occur in the 256 px schedule, so both the ticks and the distances are float64, the ticks those of
+    ``numpy.linspace``: another rounding would pick another convolution. Plain numbers, which torch.compile reads as
+    constants.
+    """
+    distances = [abs(tick - position) for tick in ticks]
+    return distances.index(min(distances))
+
+
+def phi_index(position: float, num_phis: int) -> int:
+    """Which of ``num_phis`` residual convolutions serves the scale at ``position``; see `nearest_tick`."""
+    return nearest_tick(position, phi_ticks(num_phis))

@@ -1,218 +1,16 @@
 """`VQVAE`: VAR's image tokenizer, a convolutional autoencoder around the multi-scale residual quantizer."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from varkern.models.quantizer import VectorQuantizer2, check_map, check_maps
-from varkern.models.schedule import PATCH_NUMS_256, as_sizes, patch_nums_of_lengths
-from varkern.ops import reference_forced
-from varkern.ops._library import check_floats, needs_gradient
-from varkern.ops.conv import Norm, conv3x3
-from varkern.ops.group_norm import group_norm_silu
-
-
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(num_groups=32, num_channels=channels, eps=1e-6)
-
-
-def _fused(x: Tensor, layer: nn.Module) -> bool:
-    """Whether the ops, which have no gradient, compute the layer; else PyTorch's, as published."""
-    return not reference_forced() and not needs_gradient(x, *layer.parameters())
-
-
-def _cast(x: Tensor, *parameters: Tensor) -> list[Tensor]:
-    """All in the type that autocast has for convolutions, where it is on."""
-    # Autocast knows no meta tensors.
-    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        return [x.to(dtype), *(parameter.to(dtype) for parameter in parameters)]
-    return [x, *parameters]
-
-
-def _norm_silu_conv(x: Tensor, norm: nn.GroupNorm, conv: nn.Conv2d, residual: Tensor | None = None) -> Tensor:
-    """conv(silu(norm(x))) + residual, for a 3x3 convolution."""
-    if not (_fused(x, norm) and _fused(x, conv)):
-        h = conv(F.silu(norm(x), inplace=True))
-        return h if residual is None else residual + h
-    assert conv.bias is not None
-    x, weight, bias = _cast(x, conv.weight, conv.bias)
-    if residual is not None:
-        residual = residual.to(x.dtype)
-    return conv3x3(x, weight, bias, Norm(norm.weight, norm.bias, norm.num_groups, norm.eps), residual)
-
-
-def _layout(x: Tensor, module: nn.Module) -> Tensor:
-    """Channels last where the ops run, which read it so; every layer then keeps it."""
-    return x.contiguous(memory_format=torch.channels_last) if _fused(x, module) else x
-
-
-class ResnetBlock(nn.Module):
-    """GroupNorm, SiLU, 3x3 convolution, twice, around a skip connection."""
-
-    def __init__(self, in_channels: int, out_channels: int, dropout: float) -> None:
-        super().__init__()
-        self.norm1 = _norm(in_channels)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = _norm(out_channels)
-        self.dropout = nn.Dropout(dropout) if dropout > 1e-6 else nn.Identity()
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.nin_shortcut: nn.Module
-        if in_channels == out_channels:
-            self.nin_shortcut = nn.Identity()
-        else:
-            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = _norm_silu_conv(x, self.norm1, self.conv1)
-        if self.training and isinstance(self.dropout, nn.Dropout):
-            return self.nin_shortcut(x) + self.conv2(self.dropout(F.silu(self.norm2(h), inplace=True)))
-        return _norm_silu_conv(h, self.norm2, self.conv2, self.nin_shortcut(x))
-
-
-class AttnBlock(nn.Module):
-    """Single-head self-attention over the positions of a map."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.C = channels
-        self.norm = _norm(channels)
-        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.w_ratio = channels**-0.5
-        self.proj_out = nn.Conv2d(channels, channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        B, C, H, W = x.shape
-        if _fused(x, self):
-            return x + self._fused(x)
-        q, k, v = self.qkv(self.norm(x)).reshape(B, 3, C, H * W).unbind(1)
-        weights = torch.bmm(q.transpose(1, 2), k).mul_(self.w_ratio).softmax(dim=2)  # (B, query, key)
-        h = torch.bmm(v, weights.transpose(1, 2)).view(B, C, H, W)
-        return x + self.proj_out(h)
-
-    def _fused(self, x: Tensor) -> Tensor:
-        """The same before the residual, on rows of channels: channels last, they need no transposition."""
-        B, C, H, W = x.shape
-        h = group_norm_silu(x, self.norm.weight, self.norm.bias, self.norm.num_groups, self.norm.eps, silu=False)
-        qkv = F.linear(h.flatten(2).transpose(1, 2), self.qkv.weight.flatten(1), self.qkv.bias)
-        q, k, v = qkv.view(B, 1, H * W, 3, C).unbind(3)
-        h = F.scaled_dot_product_attention(q, k, v, scale=self.w_ratio).squeeze(1)
-        return F.linear(h, self.proj_out.weight.flatten(1), self.proj_out.bias).transpose(1, 2).view(B, C, H, W)
-
-
-class Downsample2x(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
-
-
-class Upsample2x(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not _fused(x, self):
-            return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
-        assert self.conv.bias is not None
-        x, weight, bias = _cast(x, self.conv.weight, self.conv.bias)
-        return conv3x3(x, weight, bias, upsample=True)
-
-
-class _Level(nn.Module):
-    """Residual blocks, each followed by attention where ``attention``, and a resampling under its official name."""
-
-    def __init__(self, blocks: list[nn.Module], attns: list[nn.Module], name: str, resample: nn.Module | None) -> None:
-        super().__init__()
-        self.block = nn.ModuleList(blocks)
-        self.attn = nn.ModuleList(attns)
-        self._resample = name
-        if resample is not None:
-            self.add_module(name, resample)
-
-    def layers(self) -> Iterator[nn.Module]:
-        """In order. Who calls them one after another holds no map but the last; a `forward` here would hold its own."""
-        for i, block in enumerate(self.block):
-            yield block
-            if len(self.attn):
-                yield self.attn[i]
-        resample = getattr(self, self._resample, None)
-        if resample is not None:
-            yield resample
-
-
-def _mid(channels: int, dropout: float) -> nn.Sequential:
-    mid = nn.Sequential()
-    mid.add_module("block_1", ResnetBlock(channels, channels, dropout))
-    mid.add_module("attn_1", AttnBlock(channels))
-    mid.add_module("block_2", ResnetBlock(channels, channels, dropout))
-    return mid
-
-
-class Encoder(nn.Module):
-    """Images (B, in_channels, H, W) -> features (B, z_channels, H / f, W / f), f = 2 ** (levels - 1)."""
-
-    def __init__(
-        self, ch: int, ch_mult: Sequence[int], num_res_blocks: int, dropout: float, in_channels: int, z_channels: int
-    ) -> None:
-        super().__init__()
-        self.conv_in = nn.Conv2d(in_channels, ch, 3, padding=1)
-        self.down = nn.ModuleList()
-        channels, last = ch, len(ch_mult) - 1
-        for i, mult in enumerate(ch_mult):
-            blocks: list[nn.Module] = []
-            for _ in range(num_res_blocks):
-                blocks.append(ResnetBlock(channels, ch * mult, dropout))
-                channels = ch * mult
-            attns: list[nn.Module] = [AttnBlock(channels) for _ in blocks] if i == last else []
-            self.down.append(_Level(blocks, attns, "downsample", Downsample2x(channels) if i < last else None))
-        self.mid = _mid(channels, dropout)
-        self.norm_out = _norm(channels)
-        self.conv_out = nn.Conv2d(channels, z_channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.conv_in(_layout(x, self))
-        for level in cast("Iterable[_Level]", self.down):
-            for layer in level.layers():
-                h = layer(h)
-        return _norm_silu_conv(self.mid(h), self.norm_out, self.conv_out).contiguous()
-
-
-class Decoder(nn.Module):
-    """Features (B, z_channels, h, w) -> images (B, in_channels, f * h, f * w)."""
-
-    def __init__(
-        self, ch: int, ch_mult: Sequence[int], num_res_blocks: int, dropout: float, in_channels: int, z_channels: int
-    ) -> None:
-        super().__init__()
-        last = len(ch_mult) - 1
-        channels = ch * ch_mult[last]
-        self.conv_in = nn.Conv2d(z_channels, channels, 3, padding=1)
-        self.mid = _mid(channels, dropout)
-        levels: list[nn.Module] = []
-        for i in range(last, -1, -1):
-            blocks: list[nn.Module] = []
-            for _ in range(num_res_blocks + 1):
-                blocks.append(ResnetBlock(channels, ch * ch_mult[i], dropout))
-                channels = ch * ch_mult[i]
-            attns: list[nn.Module] = [AttnBlock(channels) for _ in blocks] if i == last else []
-            levels.insert(0, _Level(blocks, attns, "upsample", Upsample2x(channels) if i > 0 else None))
-        self.up = nn.ModuleList(levels)
-        self.norm_out = _norm(channels)
-        self.conv_out = nn.Conv2d(channels, in_channels, 3, padding=1)
-
-    def forward(self, z: Tensor) -> Tensor:
-        h = self.mid(self.conv_in(_layout(z, self)))
-        for level in cast("Iterable[_Level]", reversed(self.up)):
-            for layer in level.layers():
-                h = layer(h)
-        return _norm_silu_conv(h, self.norm_out, self.conv_out).contiguous()
+from varkern.models.autoencoder import Decoder, Encoder
+from varkern.models.plain import compute_dtype, is_plain
+from varkern.models.quantizer import VectorQuantizer2, check_map, check_maps, device_of
+from varkern.models.schedule import PATCH_NUMS_256, as_sizes
+from varkern.ops._library import check_floats
 
 
 class VQVAE(nn.Module):
@@ -280,19 +78,22 @@ class VQVAE(nn.Module):
 
     def check_images(self, img: Tensor, size: tuple[int, int] | None = None) -> None:
         """Raises TypeError or ValueError for what are no images of a feature size, by default the schedule's last."""
-        size = as_sizes(self.quantize.v_patch_nums)[-1] if size is None else size
-        want = (self.in_channels, size[0] * self.downsample, size[1] * self.downsample)
-        weight = self.encoder.conv_in.weight
         check_floats("VQVAE", ("images",), (img,))
+        conv_in = getattr(self.encoder, "conv_in", None)
+        if not (isinstance(conv_in, nn.Conv2d) and is_plain(self.encoder) and is_plain(conv_in)):
+            return  # somebody else's encoder says itself what it takes
+        size = as_sizes(self.quantize.v_patch_nums)[-1] if size is None else size
+        want = (conv_in.in_channels, size[0] * self.downsample, size[1] * self.downsample)
+        dtype, device = conv_in.weight.dtype, conv_in.weight.device
         if img.ndim != 4 or tuple(img.shape[1:]) != want:
             raise ValueError(
                 f"images must be (B, {want[0]}, {want[1]}, {want[2]}) for a schedule that ends in {size[0]}x{size[1]} "
                 f"(downsampling by {self.downsample}), got {tuple(img.shape)}; resize them or pass another v_patch_nums"
             )
-        if img.dtype != weight.dtype and not torch.is_autocast_enabled(img.device.type):
-            raise TypeError(f"images are {img.dtype} but the tokenizer is {weight.dtype}; convert one of them")
-        if img.device != weight.device:
-            raise ValueError(f"images are on {img.device} but the tokenizer is on {weight.device}; move one of them")
+        if img.dtype != dtype and not torch.is_autocast_enabled(img.device.type):
+            raise TypeError(f"images are {img.dtype} but the tokenizer is {dtype}; convert one of them")
+        if img.device != device:
+            raise ValueError(f"images are on {img.device} but the tokenizer is on {device}; move one of them")
 
     def _features(self, img: Tensor, size: tuple[int, int]) -> Tensor:
         """Features (B, Cv, h, w) of images (B, in_channels, f * h, f * w); the size is checked."""
@@ -300,7 +101,8 @@ class VQVAE(nn.Module):
         return self.quant_conv(self.encoder(img))
 
     def _decode(self, f_hat: Tensor) -> Tensor:
-        return self.decoder(self.post_quant_conv(f_hat.to(self.post_quant_conv.weight.dtype)))
+        dtype = compute_dtype(self.post_quant_conv, compute_dtype(self.decoder))
+        return self.decoder(self.post_quant_conv(f_hat.to(dtype)))
 
     def forward(self, inp: Tensor, ret_usages: bool = False) -> tuple[Tensor, list[float] | None, Tensor]:
         """Images (B, in_channels, H, W) -> reconstruction, codebook usage in % a scale or None, scalar loss."""
@@ -309,8 +111,8 @@ class VQVAE(nn.Module):
         return self._decode(f_hat), usages, vq_loss
 
     def fhat_to_img(self, f_hat: Tensor) -> Tensor:
-        """Quantized features (B, Cv, h, w) -> images (B, in_channels, f * h, f * w), clamped to [-1, 1]."""
-        check_map("fhat_to_img", "f_hat", f_hat, self.Cvae, self.post_quant_conv.weight.device)
+        """Quantized features (B, Cv, h, w), 16, 32 or 64 bits -> images (B, in_channels, f * h, f * w) in [-1, 1]."""
+        check_map("fhat_to_img", "f_hat", f_hat, self.Cvae, device_of(self.post_quant_conv))
         return self._decode(f_hat).clamp_(-1, 1)
 
     def img_to_idxBl(
@@ -324,12 +126,25 @@ class VQVAE(nn.Module):
     def idxBl_to_img(
         self, ms_idx_Bl: Sequence[Tensor], same_shape: bool, last_one: bool = False
     ) -> list[Tensor] | Tensor:
-        """Token indices (B, n_k) of each scale -> the image after each scale, or the last; see `embed_to_img`."""
+        """Token indices (B, n_k) of each scale -> the image after each scale, or the last; see `embed_to_img`.
+
+        Raises ValueError for maps of another schedule than the tokenizer's.
+        """
         check_maps("ms_idx_Bl", ms_idx_Bl, "token maps (B, n_k)")
         self.quantize.check_codes(ms_idx_Bl)
-        maps = []
-        for idx, p in zip(ms_idx_Bl, patch_nums_of_lengths([i.shape[1] for i in ms_idx_Bl]), strict=True):
-            maps.append(self.quantize.embedding(idx).transpose(1, 2).reshape(idx.shape[0], self.Cvae, p, p))
+        schedule = self.quantize.v_patch_nums
+        got, want = [idx.shape[1] for idx in ms_idx_Bl], [p * p for p in schedule]
+        if len(got) != len(want):
+            raise ValueError(
+                f"got {len(got)} token maps for the {len(want)} scales {schedule} of this tokenizer; to decode another "
+                f"schedule load the weights into a VQVAE with those v_patch_nums"
+            )
+        if got != want:
+            raise ValueError(
+                f"maps of {got} tokens are not of this tokenizer's schedule {schedule}, which has {want}; to decode "
+                f"maps of other sizes give their embeddings as (B, {self.Cvae}, h, w) to embed_to_img"
+            )
+        maps = self.quantize.embeddings(ms_idx_Bl)
         return self.embed_to_img(maps, all_to_max_scale=same_shape, last_one=last_one)
 
     def embed_to_img(
@@ -337,7 +152,8 @@ class VQVAE(nn.Module):
     ) -> list[Tensor] | Tensor:
         """Embeddings (B, Cv, p_k, p_k) of each scale -> images in [-1, 1], one a scale (or the last).
 
-        ``all_to_max_scale``: all images have the full size; else the k-th shows p_k x p_k features.
+        ``all_to_max_scale``: all images have the full size; else the k-th shows p_k x p_k features. Other maps than
+        the schedule's, (B, Cv, h_k, w_k), make images of their own sizes.
         """
         f_hats = self.quantize.embed_to_fhat(ms_h_BChw, all_to_max_scale=all_to_max_scale, last_one=last_one)
         if last_one:

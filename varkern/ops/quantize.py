@@ -35,6 +35,7 @@ from varkern.ops.quantize_checks import (
 )
 from varkern.ops.quantize_operators import dequantize, quantize
 from varkern.ops.quantize_reference import (
+    AnyPhi,
     Phi,
     Size,
     code_maps_reference,
@@ -50,6 +51,7 @@ from varkern.ops.quantize_reference import (
 )
 
 __all__ = [
+    "AnyPhi",
     "Phi",
     "Size",
     "code_maps_reference",

@@ -7,7 +7,7 @@ position is replaced by its nearest code, the codes are bicubically upsampled to
 Everything here is float32: the choice of a code must not depend on the precision a model runs in.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,8 +27,13 @@ class Phi(NamedTuple):
     ratio: float
 
 
-def phi_reference(h: Tensor, phi: Phi) -> Tensor:
+AnyPhi = Phi | Callable[[Tensor], Tensor]  # a function: what must be called, not computed from weights
+
+
+def phi_reference(h: Tensor, phi: AnyPhi) -> Tensor:
     """phi of a (B, Cv, H, W) map, without TF32: a backward pass that runs later has the flags that are set then."""
+    if not isinstance(phi, Phi):
+        return phi(h)
     if phi.weight is None:
         return h
     with full_float32_of(h):
@@ -54,7 +59,7 @@ def _scale_codes(rest: Tensor, codebook: Tensor, size: Size, last: bool, cosine:
     return nearest_code_reference(z.permute(0, 2, 3, 1).reshape(-1, C), codebook, cosine).view(B, h, w)
 
 
-def _scale_map(codes: Tensor, phi: Phi, size: Size, last: bool) -> Tensor:
+def _scale_map(codes: Tensor, phi: AnyPhi, size: Size, last: bool) -> Tensor:
     """What one scale adds to f_hat: code embeddings (B, Cv, h, w) -> (B, Cv, H, W)."""
     return phi_reference(codes.contiguous() if last else F.interpolate(codes, size=size, mode="bicubic"), phi)
 
@@ -62,12 +67,13 @@ def _scale_map(codes: Tensor, phi: Phi, size: Size, last: bool) -> Tensor:
 def residual_quantize_reference(
     features: Tensor,
     codebook: Tensor,
-    phis: Sequence[Phi],
+    phis: Sequence[AnyPhi],
     sizes: Sequence[Size],
     cosine: bool = False,
     all_f_hats: bool = True,
+    embed: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Encode features (B, Cv, H, W) float32 against a codebook (V, Cv).
+    """Encode features (B, Cv, H, W) float32 against a codebook (V, Cv); ``embed`` gives the codes (..., Cv) of indices.
 
     ``phis`` and ``sizes`` hold one entry a scale that is to run; the map's own size ends the schedule.
     Returns the indices of each scale, (B, h_k * w_k) int64, and f_hat after each scale, (B, Cv, H, W), or with
@@ -80,7 +86,8 @@ def residual_quantize_reference(
     for phi, size in zip(phis, sizes, strict=True):
         last = size == full
         codes = _scale_codes(rest, codebook, size, last, cosine)
-        h = _scale_map(F.embedding(codes, codebook).permute(0, 3, 1, 2), phi, full, last)
+        vectors = F.embedding(codes, codebook) if embed is None else embed(codes)
+        h = _scale_map(vectors.permute(0, 3, 1, 2), phi, full, last)
         f_hat, rest = f_hat + h, rest - h
         indices.append(codes.flatten(1))
         f_hats = [*f_hats, f_hat] if all_f_hats else [f_hat]
@@ -88,7 +95,13 @@ def residual_quantize_reference(
 
 
 def residual_quantize_train_reference(
-    features: Tensor, codebook: Tensor, phis: Sequence[Phi], sizes: Sequence[Size], beta: float, cosine: bool = False
+    features: Tensor,
+    codebook: Tensor,
+    phis: Sequence[AnyPhi],
+    sizes: Sequence[Size],
+    beta: float,
+    cosine: bool = False,
+    embed: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """The training form: straight-through f_hat (B, Cv, H, W), the scalar loss and the indices of each scale.
 
@@ -103,7 +116,8 @@ def residual_quantize_train_reference(
     for phi, size in zip(phis, sizes, strict=True):
         last = size == full
         codes = _scale_codes(rest, codebook.detach(), size, last, cosine)
-        h = _scale_map(F.embedding(codes, codebook).permute(0, 3, 1, 2), phi, full, last)
+        vectors = F.embedding(codes, codebook) if embed is None else embed(codes)
+        h = _scale_map(vectors.permute(0, 3, 1, 2), phi, full, last)
         f_hat = f_hat + h
         rest = rest - h.detach()
         indices.append(codes.flatten(1))
@@ -146,7 +160,7 @@ def code_maps_reference(indices: Tensor, codebook: Tensor, sizes: Sequence[Size]
     return [codes.unflatten(2, size) for codes, size in zip(maps, sizes, strict=True)]
 
 
-def residual_dequantize_reference(codes: Sequence[Tensor], phis: Sequence[Phi], size: Size) -> list[Tensor]:
+def residual_dequantize_reference(codes: Sequence[Tensor], phis: Sequence[AnyPhi], size: Size) -> list[Tensor]:
     """f_hat (B, Cv, H, W) after each scale, from code embeddings (B, Cv, h_k, w_k) of each scale."""
     f_hat = codes[0].new_zeros(*codes[0].shape[:2], *size, dtype=torch.float32)
     f_hats = []
@@ -156,7 +170,7 @@ def residual_dequantize_reference(codes: Sequence[Tensor], phis: Sequence[Phi], 
     return f_hats
 
 
-def growing_dequantize_reference(codes: Sequence[Tensor], phis: Sequence[Phi]) -> list[Tensor]:
+def growing_dequantize_reference(codes: Sequence[Tensor], phis: Sequence[AnyPhi]) -> list[Tensor]:
     """As `residual_dequantize_reference`, but f_hat grows with the scales: its k-th entry is (B, Cv, h_k, w_k)."""
     f_hat = torch.zeros_like(codes[0], dtype=torch.float32)
     f_hats = []
@@ -166,7 +180,7 @@ def growing_dequantize_reference(codes: Sequence[Tensor], phis: Sequence[Phi]) -
     return f_hats
 
 
-def teacher_forcing_input_reference(codes: Sequence[Tensor], phis: Sequence[Phi], sizes: Sequence[Size]) -> Tensor:
+def teacher_forcing_input_reference(codes: Sequence[Tensor], phis: Sequence[AnyPhi], sizes: Sequence[Size]) -> Tensor:
     """Transformer input of scales 2..K from the code embeddings (B, Cv, h_k, w_k) of scales 1..K-1.
 
     ``sizes`` is the whole schedule (its last entry the full size); only ``len(codes)`` scales are produced.
@@ -181,7 +195,9 @@ def teacher_forcing_input_reference(codes: Sequence[Tensor], phis: Sequence[Phi]
     return torch.cat(inputs, dim=1)
 
 
-def next_scale_input_reference(f_hat: Tensor, codes: Tensor, phi: Phi, following: Size | None) -> tuple[Tensor, Tensor]:
+def next_scale_input_reference(
+    f_hat: Tensor, codes: Tensor, phi: AnyPhi, following: Size | None
+) -> tuple[Tensor, Tensor]:
     """One generation step: add the codes (B, Cv, h, w) of a scale to f_hat (B, Cv, H, W) in place.
 
     Returns f_hat and its area-downsampling to the ``following`` size; after the last scale (None) f_hat twice.
