@@ -357,8 +357,8 @@ def test_the_tokenizer_normalises_by_the_op_unless_it_trains(monkeypatch: pytest
         calls.append(options["silu"])
         return normalise(*args, **options)
 
-    monkeypatch.setattr(vqvae, "conv3x3", conv3x3)
-    monkeypatch.setattr(vqvae, "group_norm_silu", group_norm)
+    monkeypatch.setattr(autoencoder, "conv3x3", conv3x3)
+    monkeypatch.setattr(autoencoder, "group_norm_silu", group_norm)
     f_hat = torch.randn(1, 8, 2, 2)
     blocks = list(vae.decoder.modules())
     activated = 1 + 2 * sum(isinstance(m, autoencoder.ResnetBlock) for m in blocks)

@@ -136,8 +136,8 @@ class VAR(nn.Module):
             )
             for i, drop_path in enumerate(drop_paths)
         )
-        scale_of = torch.tensor([k for k, p in enumerate(self.patch_nums) for _ in range(p * p)])
-        self.register_buffer("lvl_1L", scale_of.view(1, self.L))
+        scale_of = [k for k, p in enumerate(self.patch_nums) for _ in range(p * p)]
+        self.register_buffer("lvl_1L", torch.tensor([scale_of], dtype=torch.int64))
         self.head_nm = AdaLNBeforeHead(embed_dim, embed_dim, norm_eps)
         self.head = nn.Linear(embed_dim, self.V)
 
