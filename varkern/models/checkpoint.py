@@ -158,7 +158,11 @@ def _derived(module: nn.Module, own: StateDict) -> dict[str, Tensor]:
         return {}
     lengths = torch.tensor(var.scale_lengths, dtype=torch.int64, device="cpu")
     levels = torch.arange(len(lengths), device="cpu").repeat_interleave(lengths).view(1, -1)
-    zeros = {name: torch.zeros(value.shape, device="cpu") for name, value in own.items() if _ZERO.fullmatch(name)}
+    zeros = {
+        name: torch.zeros(value.shape, dtype=torch.float32, device="cpu")
+        for name, value in own.items()
+        if _ZERO.fullmatch(name)
+    }
     return {LEVELS: levels, **zeros}
 
 

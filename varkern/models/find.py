@@ -201,7 +201,7 @@ def _give_memory(module: nn.Module) -> None:
                 part._parameters[name] = nn.Parameter(empty, requires_grad=value.requires_grad)
         for name, buffer in part._buffers.items():
             if buffer is not None and buffer.is_meta:
-                part._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)
+                part._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype, device="cpu")
 
 
 class _NoDraws(TorchFunctionMode):
