@@ -252,7 +252,7 @@ class VAR(nn.Module):
         self._check_forward(label_B, x_BLCv_wo_first_l, end - self.first_l)
         B = label_B.shape[0]
         with torch.autocast(label_B.device.type, enabled=False):
-            dropped = torch.rand(B, device=label_B.device) < self.cond_drop_rate
+            dropped = torch.rand(B, dtype=torch.float32, device=label_B.device) < self.cond_drop_rate
             label_B = torch.where(dropped, self.num_classes, label_B)
             cond_BD = self.class_emb(label_B)
             x_BLC = cond_BD.unsqueeze(1).expand(B, self.first_l, -1) + self.pos_start.expand(B, self.first_l, -1)
