@@ -191,7 +191,7 @@ class VAR(nn.Module):
         _, strict, missing, unexpected, errors = args
         levels = state_dict.get(prefix + "lvl_1L")
         if levels is not None and levels.device.type != "meta" and levels.shape == self.lvl_1L.shape:
-            right = torch.arange(len(self.patch_nums), device=levels.device).repeat_interleave(
+            right = torch.arange(len(self.patch_nums), dtype=torch.int64, device=levels.device).repeat_interleave(
                 torch.tensor(self.scale_lengths, dtype=torch.int64, device=levels.device)
             )
             if not torch.equal(levels[0].double(), right.double()):
