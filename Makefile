@@ -1,11 +1,11 @@
 # make demo | test | bench | lint   set up .venv themselves (PYTHON=python3.12 chooses the interpreter)
-# make gpu [PARTS="test bench"]     on a machine with a GPU: uses PYTHON's own packages, needs no network
+# make gpu [PARTS="build ops"]      on a machine with a GPU: uses PYTHON's own packages, needs no network
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: demo test bench lint gpu
+.PHONY: demo test bench lint gpu gpu-rehearsal
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -33,7 +33,12 @@ $(INSTALLED): $(BUILD_INPUTS)
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-# PARTS: some of build test sanitize bench bars compile.
-PARTS ?= build test sanitize bench bars
+# Three calls of at most eight minutes, PARTS="build test", "build ops", "build generation", and "build sanitize"; results
+# also go to the folder GPU_OUT.
+PARTS ?= build test
 gpu:
 	$(PYTHON) benchmarks/gpu.py --parts "$(PARTS)"
+
+# All of it against a device that is made up, on a machine without one.
+gpu-rehearsal: $(INSTALLED)
+	$(BIN)/pytest tests/test_gpu_rehearsal.py

@@ -174,13 +174,17 @@ class CMakeBuild(build_ext):
         import pybind11
 
         cmake, ninja = find_tool("cmake"), find_tool("ninja")
-        # CMake cannot change compilers in an existing cache: start afresh when they change.
-        compilers = json.dumps([cxx, cuda.nvcc, os.environ.get("CXXFLAGS"), os.environ.get("CUDAFLAGS")])
-        stamp = self.build_dir / "compilers.json"
-        if self.build_dir.exists() and (not stamp.exists() or stamp.read_text() != compilers):
-            shutil.rmtree(self.build_dir)
-        self.build_dir.mkdir(parents=True, exist_ok=True)
-        stamp.write_text(compilers)
+        # CMake cannot change compilers or the place of the sources in an existing cache: start afresh when they change,
+        # as where a checkout was moved or copied with what was built in it.
+        made_with = json.dumps([str(ROOT), cxx, cuda.nvcc, os.environ.get("CXXFLAGS"), os.environ.get("CUDAFLAGS")])
+        stamp = self.build_dir / "made_with.json"
+        try:
+            if self.build_dir.exists() and (not stamp.exists() or stamp.read_text() != made_with):
+                shutil.rmtree(self.build_dir)
+            self.build_dir.mkdir(parents=True, exist_ok=True)
+            stamp.write_text(made_with)
+        except OSError as error:
+            fail(f"the build folder cannot be written ({error}); give write access to {ROOT} or copy the checkout")
         # Every path is passed each time: an isolated build's environment is gone at the next one, and the cache
         # would keep pointing into it; architectures stick in the cache too.
         options = {

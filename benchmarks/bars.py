@@ -73,8 +73,8 @@ BARS = (
         Bar("attention", "cuda", ATTENTION, name.format(pixels), "speedup", bound, against)
         for pixels in ("256px", "512px", "1024px")
         for name, against, bound in (
-            (FORWARD, "masked SDPA", 4.0),
-            (BOTH, "masked SDPA", 3.0),
+            (FORWARD, "masked SDPA, memory-efficient", 4.0),
+            (BOTH, "masked SDPA, memory-efficient", 3.0),
             (FORWARD, "flex", 1.2),
             (BOTH, "flex", 1.2),
             (FORWARD, "dense SDPA", 1.0),

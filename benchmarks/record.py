@@ -18,7 +18,7 @@ Row = dict[str, Any]
 Result = dict[str, Any]
 
 SCHEMA = 1
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = Path(os.environ.get("VARKERN_RESULTS") or Path(__file__).resolve().parent / "results")
 NUMBER = (int, float)
 # What a row holds. A row without a time holds a peak of memory, or a count (of a sanitizer's errors).
 ROW = {
@@ -289,9 +289,17 @@ ELSEWHERE = ("bench_scaling.py",)
 
 def _provenance(result: Result) -> str:
     versions = result["versions"]
+    files: dict[str, list[str]] = {}
+    for row in result["rows"]:
+        names = files.setdefault(row["commit"], [])
+        name = row["file"].removeprefix("bench_").removesuffix(".py")
+        if name not in names:
+            names.append(name)
+    commits = "; ".join(f"{commit} ({', '.join(names)})" for commit, names in files.items())
     return (
-        f"{result['device']}; torch {versions['torch']}, Python {versions['python']}; commit {result['commit'][:9]}, "
-        f"{result['date'][:10]}; `{result['command']}`. Speed-up: median over interleaved rounds, with quartiles."
+        f"{result['device']}; torch {versions['torch']}, Python {versions['python']}. Measured at commit {commits}; "
+        f"last {result['date'][:10]} by `{result['command']}`. Speed-up: median over interleaved rounds, with "
+        "quartiles."
     )
 
 

@@ -49,7 +49,7 @@ def files(only: list[str]) -> list[Path]:
 
 
 def commit() -> str:
-    """The commit that is checked out, with "-changed" where tracked files differ from it."""
+    """The commit that is checked out, with "-changed" where tracked files differ from it; else VARKERN_COMMIT's."""
     git = ["git", "-C", str(ROOT)]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
@@ -57,7 +57,7 @@ def commit() -> str:
         paths = ["varkern", "kernels", "csrc", "benchmarks/*.py"]
         changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *paths]).returncode
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("VARKERN_COMMIT") or "unknown"
     return head + ("-changed" if changed else "")
 
 

@@ -63,7 +63,7 @@ def test_training_runs_the_fused_op_and_makes_no_mask(monkeypatch: pytest.Monkey
     fused = blocks.block_causal_attention_qkv
     monkeypatch.setattr(blocks, "block_causal_attention_qkv", lambda *args: (calls.append(1), fused(*args))[1])
     monkeypatch.setattr(attention_reference, "block_causal_mask", masks)
-    attention_reference.cached_block_causal_mask.cache_clear()
+    attention_reference._kept_mask.cache_clear()
     logits_and_gradients(var)
     assert len(calls) == len(var.blocks)
 

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import textwrap
+from pathlib import Path
 
 import pytest
+
+import varkern
 
 
 def run(code: str, *blocked: str, **environment: str) -> str:
@@ -63,6 +68,25 @@ def test_the_reference_answers_without_the_extension() -> None:
     assert run(code).strip() == "cpu"
     assert run(code, "varkern._C").strip() == "reference"
     assert run(code, "varkern._C", TRITON_INTERPRET="1").strip() == "reference"
+
+
+def test_an_unbuilt_checkout_says_so_once(tmp_path: Path) -> None:
+    """It may lie in the working directory, in front of an installed package."""
+    root = Path(varkern.__file__).resolve().parents[1]
+    ignore = shutil.ignore_patterns("*.so", "__pycache__", "assets")
+    shutil.copytree(root / "varkern", tmp_path / "varkern", ignore=ignore)
+    (tmp_path / "setup.py").touch()
+    code = f"import warnings; sys.path.insert(0, {str(tmp_path)!r})\n"
+    code += "sys.meta_path = [f for f in sys.meta_path if 'editable' not in getattr(f, '__module__', '')]\n"
+    code += "with warnings.catch_warnings(record=True) as seen:\n    warnings.simplefilter('always')\n"
+    code += textwrap.indent(ANSWER + "{}\nvarkern.modulated_layer_norm(x, scale, shift)", "    ")
+    code += "\nprint(varkern.__file__)\nfor w in seen:\n    if 'varkern' in str(w.message): print(w.message)"
+    place, *said = run(code.format("")).splitlines()
+    assert Path(place).parents[1] == tmp_path
+    assert len(said) == 1
+    assert f"its kernels were not built in {tmp_path} (" in said[0]
+    assert "`pip install -e .`" in said[0]
+    assert len(run(code.format(""), VARKERN_BACKEND="reference").splitlines()) == 1  # asked for
 
 
 def test_asking_for_what_is_missing_says_why() -> None:

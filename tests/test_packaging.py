@@ -47,6 +47,28 @@ def broken_nvcc(tmp_path_factory: pytest.TempPathFactory) -> str:
     return os.pathsep.join([str(nvcc.parent), SCRIPTS, os.environ["PATH"]])
 
 
+def test_a_copied_checkout_builds_afresh(tmp_path: Path) -> None:
+    """What CMake cached holds the folder that it was made in: Docker's COPY, or a move, brought it along."""
+    first, second = tmp_path / "first", tmp_path / "with a space" / "zweites"
+    ignore = shutil.ignore_patterns("*.so", "__pycache__")
+    shutil.copytree(ROOT / "csrc", first / "csrc", ignore=ignore)
+    (first / "varkern").mkdir()
+    for name in ("setup.py", "CMakeLists.txt", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, first)
+    shutil.copy(ROOT / "varkern" / "_version.py", first / "varkern")
+    # Enough of a build to leave a cache: the compilation itself is cut short.
+    (first / "csrc" / "bindings.cpp").write_text("#error stop\n")
+    for folder in (first, second):
+        if folder is second:
+            second.parent.mkdir()
+            shutil.copytree(first, second)
+        done = run([sys.executable, "setup.py", "build_ext", "--inplace"], folder, VARKERN_CUDA="off")
+        assert done.returncode
+        assert "#error stop" in done.stdout + done.stderr, done.stdout + done.stderr
+        cache = next(folder.glob("build/cmake-*/CMakeCache.txt")).read_text()
+        assert f"CMAKE_HOME_DIRECTORY:INTERNAL={folder}\n" in cache
+
+
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy = tmp_path_factory.mktemp("sources") / "varkern"

@@ -132,7 +132,7 @@ def _label_tensor(var: VAR, batch: int, labels: object) -> Tensor:
     if not isinstance(labels, Iterable) or isinstance(labels, str | bytes):
         raise wrong
     try:
-        return torch.tensor(list(labels), device="cpu")
+        return torch.from_numpy(np.array(list(labels)))
     except (TypeError, ValueError, RuntimeError, OverflowError):
         raise wrong from None
 

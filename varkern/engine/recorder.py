@@ -97,7 +97,7 @@ class CudaRecorder:
             with contextlib.suppress(RuntimeError):
                 empty = torch.cuda.CUDAGraph()
                 empty.capture_begin(capture_error_mode="thread_local")
-                torch.zeros(1, device=self.device)
+                torch.zeros(1, dtype=torch.float32, device=self.device)
                 empty.capture_end()
                 empty.reset()
         graph.reset()

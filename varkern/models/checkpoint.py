@@ -156,9 +156,10 @@ def _derived(module: nn.Module, own: StateDict) -> dict[str, Tensor]:
     var = _transformer(module)
     if var is None or LEVELS not in own:
         return {}
-    lengths = torch.tensor(var.scale_lengths, device="cpu")
-    levels = torch.arange(len(lengths), device="cpu").repeat_interleave(lengths).view(1, -1)
-    zeros = {name: torch.zeros(value.shape, device="cpu") for name, value in own.items() if _ZERO.fullmatch(name)}
+    lengths = torch.tensor(var.scale_lengths, dtype=torch.int64, device="cpu")
+    levels = torch.arange(len(lengths), dtype=torch.int64, device="cpu").repeat_interleave(lengths).view(1, -1)
+    shapes = {name: value.shape for name, value in own.items() if _ZERO.fullmatch(name)}
+    zeros = {name: torch.zeros(shape, dtype=torch.float32, device="cpu") for name, shape in shapes.items()}
     return {LEVELS: levels, **zeros}
 
 

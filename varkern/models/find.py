@@ -197,11 +197,11 @@ def _give_memory(module: nn.Module) -> None:
     for part in module.modules():
         for name, value in part._parameters.items():
             if value is not None and value.is_meta:
-                empty = torch.empty(value.shape, dtype=value.dtype)
+                empty = torch.empty(value.shape, dtype=value.dtype, device="cpu")
                 part._parameters[name] = nn.Parameter(empty, requires_grad=value.requires_grad)
         for name, buffer in part._buffers.items():
             if buffer is not None and buffer.is_meta:
-                part._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)
+                part._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype, device="cpu")
 
 
 class _NoDraws(TorchFunctionMode):

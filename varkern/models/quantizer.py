@@ -408,5 +408,6 @@ class VectorQuantizer2(nn.Module):
         key = prefix + "ema_vocab_hit_SV"
         if key in state_dict and state_dict[key].shape[:1] != self.ema_vocab_hit_SV.shape[:1]:
             own = self.ema_vocab_hit_SV
-            state_dict[key] = torch.zeros(own.shape, device=state_dict[key].device) if own.is_meta else own
+            device = state_dict[key].device
+            state_dict[key] = torch.zeros(own.shape, dtype=own.dtype, device=device) if own.is_meta else own
         super()._load_from_state_dict(state_dict, prefix, *args)

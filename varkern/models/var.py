@@ -136,8 +136,8 @@ class VAR(nn.Module):
             )
             for i, drop_path in enumerate(drop_paths)
         )
-        scale_of = torch.tensor([k for k, p in enumerate(self.patch_nums) for _ in range(p * p)])
-        self.register_buffer("lvl_1L", scale_of.view(1, self.L))
+        scale_of = [k for k, p in enumerate(self.patch_nums) for _ in range(p * p)]
+        self.register_buffer("lvl_1L", torch.tensor([scale_of], dtype=torch.int64))
         self.head_nm = AdaLNBeforeHead(embed_dim, embed_dim, norm_eps)
         self.head = nn.Linear(embed_dim, self.V)
 
@@ -191,8 +191,8 @@ class VAR(nn.Module):
         _, strict, missing, unexpected, errors = args
         levels = state_dict.get(prefix + "lvl_1L")
         if levels is not None and levels.device.type != "meta" and levels.shape == self.lvl_1L.shape:
-            right = torch.arange(len(self.patch_nums), device=levels.device).repeat_interleave(
-                torch.tensor(self.scale_lengths, device=levels.device)
+            right = torch.arange(len(self.patch_nums), dtype=torch.int64, device=levels.device).repeat_interleave(
+                torch.tensor(self.scale_lengths, dtype=torch.int64, device=levels.device)
             )
             if not torch.equal(levels[0].double(), right.double()):
                 errors.append(f"{prefix}lvl_1L does not number the scales of patch_nums {self.patch_nums}")
@@ -252,7 +252,7 @@ class VAR(nn.Module):
         self._check_forward(label_B, x_BLCv_wo_first_l, end - self.first_l)
         B = label_B.shape[0]
         with torch.autocast(label_B.device.type, enabled=False):
-            dropped = torch.rand(B, device=label_B.device) < self.cond_drop_rate
+            dropped = torch.rand(B, dtype=torch.float32, device=label_B.device) < self.cond_drop_rate
             label_B = torch.where(dropped, self.num_classes, label_B)
             cond_BD = self.class_emb(label_B)
             x_BLC = cond_BD.unsqueeze(1).expand(B, self.first_l, -1) + self.pos_start.expand(B, self.first_l, -1)

@@ -29,7 +29,9 @@ import importlib
 import os
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any, ClassVar, TypeVar
 
@@ -164,6 +166,20 @@ def _runs_on(architectures: Sequence[str], capability: tuple[int, int]) -> bool:
     return exact or same_major or (architectures[-1].isdigit() and free[-1] <= capability)
 
 
+@functools.cache
+def _warn_where_unbuilt() -> None:
+    """Once a process: a checkout that was not built may lie in front of the installation that was."""
+    root = Path(__file__).resolve().parents[2]
+    reason = load("varkern._C")[1]
+    if reason is not None and (root / "setup.py").is_file():
+        warnings.warn(
+            f"varkern runs on plain PyTorch, slowly: its kernels were not built in {root} ({reason}). Run "
+            "`pip install -e .` there, or start elsewhere if varkern is installed",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
 def cpu_why_not(tensor: torch.Tensor) -> str | None:
     """Why the CPU extension cannot serve a tensor, or ``None``."""
     if tensor.device.type != "cpu":
@@ -253,6 +269,8 @@ class Op:
         for name in _AUTOMATIC.get(device, ()):
             if name in self.why_not and self.why_not[name](*args) is None:
                 return name
+        if device == "cpu" and backend is None and "cpu" in self.why_not:
+            _warn_where_unbuilt()
         return "reference"
 
 

@@ -63,7 +63,8 @@ class TokenizerLoop(Loop):
 
 def tokenizer_metrics(vae: VQVAE, images: Part, batch_size: int, device: torch.device) -> dict[str, Any]:
     """Mean PSNR (dB) of the reconstructions and codebook usage (%) of ``images``."""
-    values, hits = [], torch.zeros(len(vae.quantize.v_patch_nums), vae.vocab_size, dtype=torch.int64)
+    scales = len(vae.quantize.v_patch_nums)
+    values, hits = [], torch.zeros(scales, vae.vocab_size, dtype=torch.int64, device="cpu")
     with torch.no_grad():
         for batch, _ in batches(images, range(len(images)), batch_size):
             batch = batch.to(device)
