@@ -1,7 +1,8 @@
 """Block-causal attention: masked SDPA, SDPA a scale at a time, FlexAttention, flash-attn and varkern.
 
 Masked SDPA is what the reference runs. Left alone on a GPU, PyTorch takes cuDNN's for it on some devices and its own
-memory-efficient kernel on others, so that both are measured there, each by its name. Rows count the arithmetic of visible pairs only, whatever a provider computes.
+memory-efficient kernel on others, so that both are measured there, each by its name. Rows count the arithmetic of
+visible pairs only, whatever a provider computes.
 """
 
 from __future__ import annotations
