@@ -381,6 +381,19 @@ class TestOtherTensors:
         gc.collect()
 
 
+@pytest.mark.parametrize("shared_aln", [False, True])
+def test_a_condition_for_the_whole_batch(shared_aln: bool) -> None:
+    var = published.model(shared_aln=shared_aln)
+    x, cond = torch.randn(3, 5, 64), torch.randn(1, 64)
+    for call in (
+        lambda c: var.blocks[0](x=x, cond_BD=var.shared_ada_lin(c), attn_bias=None),
+        lambda c: var.get_logits(x, c),
+    ):
+        torch.testing.assert_close(call(cond), call(cond.expand(3, -1)), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="a condition of B rows of 64, or of one"):
+        var.get_logits(x, torch.randn(2, 64))
+
+
 def test_head_norm_has_the_published_parts() -> None:
     head = AdaLNBeforeHead(64, 64, 1e-6)
     x, cond = torch.randn(2, 3, 64), torch.randn(2, 64)

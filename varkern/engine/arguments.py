@@ -184,7 +184,8 @@ def check_model(var: VAR) -> None:
     if not hasattr(var, "vae_proxy"):
         raise TypeError(f"var must be a varkern.VAR, got {type(var).__name__}")
     vae = var.vae_proxy[0]
-    ours, theirs = var.lvl_1L.device, vae.quantize.ema_vocab_hit_SV.device
+    ours = var.lvl_1L.device
+    theirs = next(vae.parameters(), var.lvl_1L).device
     if ours != theirs:
         raise ValueError(
             f"the transformer is on {ours} but its tokenizer on {theirs}; move the tokenizer too: it is no "
