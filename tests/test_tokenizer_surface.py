@@ -388,7 +388,8 @@ class TestTransforms:
         each = torch.func.vmap(vae.decoder)(f.unsqueeze(1))
         torch.testing.assert_close(each.squeeze(1), vae.decoder(f))
 
-    def test_grad_in_the_parameters(self) -> None:
+    @pytest.mark.parametrize("backend", [None, "reference"])
+    def test_grad_in_the_parameters(self, backend: str | None) -> None:
         vae, img = tiny().requires_grad_(True).train(), images()
         state = dict(vae.named_parameters())
 
@@ -396,7 +397,7 @@ class TestTransforms:
             image, _, loss = torch.func.functional_call(vae, state, (img,))
             return image.square().mean() + loss
 
-        with varkern.use_backend("reference"):
+        with varkern.use_backend(backend):
             got = torch.func.grad(loss)(state)
             loss(state).backward()
         for name, parameter in state.items():
