@@ -91,14 +91,14 @@ def test_batches_leave_the_global_generator_alone(folder):
 
 def test_corrupt_image_is_named(folder):
     (folder / "dogs" / "0.png").write_bytes(b"not a picture")
-    with pytest.raises(ValueError, match=r"cannot read image .*dogs/0\.png"):
+    with pytest.raises(ValueError, match=r"dogs/0\.png cannot be read as an image"):
         ImageFolder(folder, 16)[6]
 
 
 def test_truncated_image_is_named(folder):
     path = folder / "dogs" / "0.png"
     path.write_bytes(path.read_bytes()[:700])
-    with pytest.raises(ValueError, match=r"cannot read image .*dogs/0\.png"):
+    with pytest.raises(ValueError, match=r"dogs/0\.png cannot be read as an image"):
         ImageFolder(folder, 16)[6]
 
 
@@ -108,7 +108,7 @@ def test_missing_and_empty_folders_are_named(tmp_path):
     with pytest.raises(ValueError, match="no class sub-folders"):
         ImageFolder(tmp_path, 16)
     (tmp_path / "cats").mkdir()
-    with pytest.raises(ValueError, match="cats holds no images"):
+    with pytest.raises(ValueError, match="hold no images"):
         ImageFolder(tmp_path, 16)
 
 
