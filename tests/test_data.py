@@ -201,7 +201,12 @@ def test_hidden_broken_and_foreign_entries_are_no_images(tmp_path):
     assert data.classes == ["cat"]
     assert [path.relative_to(tmp_path).as_posix() for path in data.files] == ["cat/0.png", "cat/deep.png/1.png"]
     notes = "\n".join(data.notes)
-    for words in ("1 class folders without images are no classes: empty", "1 broken links", "1 pipes", "1 of type .txt"):
+    for words in (
+        "1 class folders without images are no classes: empty",
+        "1 broken links",
+        "1 pipes",
+        "1 of type .txt",
+    ):
         assert words in notes, words
 
 

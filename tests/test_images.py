@@ -55,7 +55,7 @@ def test_transparency_of_every_kind_is_laid_on_white(tmp_path):
     for name in ("la.png", "rgba.png", "half.tif"):
         assert np.array_equal(pixels(tmp_path / name), white), name
         assert np.array_equal(pixels(tmp_path / name, 3)[..., 1], white), name
-    palette = Image.fromarray((RAMP // 128)).convert("P")
+    palette = Image.fromarray(RAMP // 128).convert("P")
     palette.putpalette([10, 20, 30, 200, 100, 50])
     saved(tmp_path / "p.png", palette, transparency=0)
     assert np.array_equal(pixels(tmp_path / "p.png", 3)[0, 0], [255, 255, 255])
