@@ -1,5 +1,7 @@
 """Data sets: determinism, split, crops, and errors that name the file."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -91,14 +93,14 @@ def test_batches_leave_the_global_generator_alone(folder):
 
 def test_corrupt_image_is_named(folder):
     (folder / "dogs" / "0.png").write_bytes(b"not a picture")
-    with pytest.raises(ValueError, match=r"cannot read image .*dogs/0\.png"):
+    with pytest.raises(ValueError, match=r"dogs/0\.png cannot be read as an image"):
         ImageFolder(folder, 16)[6]
 
 
 def test_truncated_image_is_named(folder):
     path = folder / "dogs" / "0.png"
     path.write_bytes(path.read_bytes()[:700])
-    with pytest.raises(ValueError, match=r"cannot read image .*dogs/0\.png"):
+    with pytest.raises(ValueError, match=r"dogs/0\.png cannot be read as an image"):
         ImageFolder(folder, 16)[6]
 
 
@@ -108,7 +110,7 @@ def test_missing_and_empty_folders_are_named(tmp_path):
     with pytest.raises(ValueError, match="no class sub-folders"):
         ImageFolder(tmp_path, 16)
     (tmp_path / "cats").mkdir()
-    with pytest.raises(ValueError, match="cats holds no images"):
+    with pytest.raises(ValueError, match="hold no images"):
         ImageFolder(tmp_path, 16)
 
 
@@ -169,3 +171,97 @@ def test_digits_augmentation_moves_ink_without_losing_it():
 def test_bad_settings_are_refused(field, value, words):
     with pytest.raises(ValueError, match=words):
         load_split(DataConfig(data="digits", **{field: value}))
+
+
+# ---- what a folder holds -----------------------------------------------------------------------------------------
+def picture(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((18, 18, 3), 90, np.uint8)).save(path, format="PNG")
+
+
+def test_classes_are_numbered_in_natural_order(tmp_path):
+    for name in ("10", "2", "1", "b11", "b9"):
+        picture(tmp_path / name / "0.png")
+    data = ImageFolder(tmp_path, 16)
+    assert data.classes == ["1", "2", "10", "b9", "b11"]
+    assert [path.parent.name for path in data.files] == data.classes
+    assert "0 1, 1 2, 2 10" in load_split(DataConfig(data=str(tmp_path), image_size=16))[0].describe()
+
+
+def test_hidden_broken_and_foreign_entries_are_no_images(tmp_path):
+    for name in ("cat/0.png", "cat/deep.png/1.png", ".git/0.png", "__MACOSX/0.png", "cat/._0.png", "cat/.x/2.png"):
+        picture(tmp_path / name)
+    picture(tmp_path / "cat/.ipynb_checkpoints/0.png")
+    (tmp_path / "cat/gone.png").symlink_to(tmp_path / "nowhere.png")
+    (tmp_path / "cat/loop").symlink_to(tmp_path / "cat")
+    os.mkfifo(tmp_path / "cat/pipe.png")
+    (tmp_path / "cat/notes.txt").touch()
+    (tmp_path / "empty").mkdir()
+    data = ImageFolder(tmp_path, 16)
+    assert data.classes == ["cat"]
+    assert [path.relative_to(tmp_path).as_posix() for path in data.files] == ["cat/0.png", "cat/deep.png/1.png"]
+    notes = "\n".join(data.notes)
+    for words in (
+        "1 class folders without images are no classes: empty",
+        "1 broken links",
+        "1 pipes",
+        "1 of type .txt",
+    ):
+        assert words in notes, words
+
+
+@pytest.mark.parametrize("above", ["", "CLS-LOC"])
+def test_the_parts_of_a_data_set_are_no_classes(above, tmp_path):
+    for name in ("train/n01/0.png", "train/n02/0.png", "val/0.png"):
+        picture(tmp_path / above / name)
+    with pytest.raises(ValueError, match=r"parts train, val of a data set, not classes; give .*train$"):
+        ImageFolder(tmp_path, 16)
+    assert ImageFolder(tmp_path / above / "train", 16).classes == ["n01", "n02"]
+
+
+def test_bad_files_are_listed_before_training_or_left_out(folder):
+    for i in range(6):
+        (folder / "dogs" / f"{i}.png").write_bytes(b"junk")
+    settings = {"data": str(folder), "image_size": 16}
+    with pytest.raises(ValueError, match=r"^6 image files are bad: .*dogs/0\.png .* and 1 more; repair") as caught:
+        load_split(DataConfig(**settings))
+    assert "\n" not in str(caught.value)
+    train, held_out = load_split(DataConfig(**settings, on_bad_image="skip"))
+    assert len(train) + len(held_out) == 9
+    assert len(train.whole.skipped) == 6
+    assert np.bincount(train.whole.labels).tolist() == [6, 3]
+    assert "6 bad image files are left out" in train.describe()
+    for path in (folder / "cats").iterdir():
+        path.write_bytes(b"junk")
+    train, _ = load_split(DataConfig(**settings, on_bad_image="skip"))
+    assert train.classes == ["dogs"]
+    assert set(train.whole.labels) == {0}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_file_that_breaks_later_is_one_sentence(workers, folder):
+    data = ImageFolder(folder, 16)
+    path = folder / "dogs" / "0.png"
+    path.write_bytes(path.read_bytes()[:700])  # the header is whole
+    torch.ones(512, 512) @ torch.ones(512, 512)  # a parallel region: forked workers must not wait for its threads
+    data.check("error")
+    with pytest.raises(ValueError, match=r"^\S*dogs/0\.png cannot be read as an image") as caught:
+        list(batches(data, range(len(data)), 4, workers=workers))
+    assert "\n" not in str(caught.value)
+
+
+def test_workers_have_one_thread(folder):
+    class Threads(ImageFolder):
+        def __getitem__(self, index):
+            return torch.tensor(torch.get_num_threads()), 0
+
+    torch.ones(512, 512) @ torch.ones(512, 512)
+    for threads, _ in batches(Threads(folder, 16), range(15), 4, workers=2):
+        assert (threads == 1).all()
+
+
+def test_digest_tells_other_data(folder):
+    before = ImageFolder(folder, 16).digest()
+    assert ImageFolder(folder, 32).digest() == before
+    (folder / "cats" / "0.png").rename(folder / "dogs" / "x.png")
+    assert ImageFolder(folder, 16).digest() != before

@@ -288,9 +288,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = build_parser().parse_args(argv)
         status: int = options.run(options) or 0
         sys.stdout.flush()
-    except KeyboardInterrupt:
-        print("varkern: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:  # a training run tells where it stopped
+        print(f"varkern: {str(stop) or 'interrupted'}", file=sys.stderr)
+        return getattr(stop, "status", 130)
     except BrokenPipeError:  # the reader of a pipe left, as head does; 141 is what SIGPIPE gives
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

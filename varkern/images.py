@@ -1,5 +1,6 @@
 """Images as files and pictures: reading into a model's size, PNGs written atomically, labelled sheets of images."""
 
+import functools
 import os
 import tempfile
 from collections.abc import Sequence
@@ -10,7 +11,19 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
-__all__ = ["from_uint8", "held_out_digits", "read_image", "read_mask", "sheet", "to_pil", "to_uint8", "write_png"]
+__all__ = [
+    "check_header",
+    "from_uint8",
+    "held_out_digits",
+    "image_suffixes",
+    "open_image",
+    "read_image",
+    "read_mask",
+    "sheet",
+    "to_pil",
+    "to_uint8",
+    "write_png",
+]
 
 _INK, _PAPER = "#202020", "#ffffff"
 
@@ -34,22 +47,97 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray(pixels[..., 0] if image.shape[0] == 1 else pixels)
 
 
-def _open(path: str | os.PathLike[str], channels: int) -> Image.Image:
-    """An upright "L" or "RGB" image; transparency is laid on white."""
-    path = Path(path)
-    if not path.is_file():
+# Formats that Pillow only identifies, or that run another program (EPS runs Ghostscript).
+_UNREADABLE = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(sorted(set(Image.OPEN) - _UNREADABLE))
+
+
+@functools.cache
+def image_suffixes() -> frozenset[str]:
+    """Lower-case suffixes, with the dot, of the files that this Pillow reads."""
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in _formats())
+
+
+def _header(path: Path) -> Image.Image:
+    if not path.exists():
         raise FileNotFoundError(f"there is no image file {path}")
+    if not path.is_file():  # opening a named pipe would wait for ever
+        raise ValueError("it is not a regular file")
+    opened = Image.open(path, formats=_formats())
+    if 0 in opened.size:
+        opened.close()
+        raise ValueError(f"it is {opened.width} x {opened.height} pixels")
+    return opened
+
+
+def _unreadable(path: Path, error: Exception) -> ValueError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return ValueError(f"{path} cannot be read as an image ({reason}); convert it to PNG or JPEG")
+
+
+def check_header(path: str | os.PathLike[str]) -> None:
+    """Raise FileNotFoundError or ValueError naming the file unless its header is that of an image; reads no pixels."""
+    path = Path(path)
     try:
-        with Image.open(path) as opened:
+        _header(path).close()
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # whatever a parser stumbles over is the file's fault
+        raise _unreadable(path, error) from error
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Grey of more than 8 bits -> "L", or "LA" where one value is named as transparent.
+
+    Integers: 65535 is white. Floats: 1 is white where no value exceeds 2 (a little overshoot is clipped), else 255.
+    """
+    values = np.asarray(image)
+    if image.mode == "F":
+        if not np.isfinite(values).all():
+            raise ValueError("its values are not all finite")
+        white = 1.0 if values.max() <= 2 else 255.0
+        low, high = -0.05 * white, white if white > 1 else 2.0
+    else:
+        white, low, high = 65535.0, 0.0, 65535.0
+    if values.min() < low or values.max() > high:
+        raise ValueError(
+            f"its values run from {values.min():g} to {values.max():g}; 0 to 1 or 0 to 255 is known for floats, "
+            "0 to 65535 for integers"
+        )
+    grey = Image.fromarray((values * (255 / white)).round().clip(0, 255).astype(np.uint8))
+    if isinstance(image.info.get("transparency"), int):
+        grey.putalpha(Image.fromarray(np.where(values == image.info["transparency"], 0, 255).astype(np.uint8)))
+    return grey
+
+
+def open_image(path: str | os.PathLike[str], channels: int) -> Image.Image:
+    """The first frame of an image file, upright: "L" (``channels`` 1) or "RGB" (3); transparency is laid on white.
+
+    16-bit grey is scaled so that 65535 is white; float grey so that 1 is, or 255 where a value exceeds 2. Raises
+    FileNotFoundError or ValueError naming the file: not an image, cut short, too large (`PIL.Image.MAX_IMAGE_PIXELS`),
+    not a regular file, not finite.
+    """
+    path = Path(path)
+    try:
+        with _header(path) as opened:
             image = ImageOps.exif_transpose(opened)
-            if image.mode.startswith("I"):  # 16-bit grey, which Pillow's conversion would clip
-                image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
+            if image.mode == "F" or image.mode.startswith("I"):
+                image = _eight_bits(image)
+            if image.mode in ("La", "RGBa"):  # premultiplied
+                image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("L" if channels == 1 else "RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read as an image ({error}); convert it to PNG or JPEG") from error
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # whatever a parser stumbles over is the file's fault
+        raise _unreadable(path, error) from error
 
 
 def read_image(path: str | os.PathLike[str], size: int, channels: int) -> Tensor:
@@ -58,7 +146,7 @@ def read_image(path: str | os.PathLike[str], size: int, channels: int) -> Tensor
     The short side is resized to ``size`` (Lanczos) and the centre is cropped. channels: 1 (grey) or 3 (RGB).
     Raises FileNotFoundError or ValueError naming the file.
     """
-    image = _open(path, channels)
+    image = open_image(path, channels)
     if image.size != (size, size):
         image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
     return from_uint8(np.asarray(image))

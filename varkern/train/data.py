@@ -5,19 +5,26 @@ Nothing here draws from torch's global generator, so a run that stops and contin
 
 from __future__ import annotations
 
+import copy
+import hashlib
+import json
+import signal
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
+from varkern.images import from_uint8, image_suffixes, open_image
 from varkern.train.config import DataConfig
+from varkern.train.folder import bad_images, list_classes, list_images, refusal
 
 __all__ = ["Digits", "ImageFolder", "Labelled", "batches", "epoch_order", "load_split", "stratified_split"]
 
-IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 RESIZE_MARGIN = 1.125  # short side before the crop, in units of the target (VAR's recipe)
 
 
@@ -34,11 +41,13 @@ class Labelled(Dataset):
         """Draw the augmentation of ``epoch`` from now on."""
 
 
-def to_tensor(image: Image.Image) -> torch.Tensor:
-    """(c, h, w) float32 in [-1, 1] of an "L" or "RGB" image."""
-    pixels = torch.from_numpy(np.array(image, dtype=np.uint8))
-    pixels = pixels.unsqueeze(0) if pixels.ndim == 2 else pixels.permute(2, 0, 1)
-    return pixels.float().div_(127.5).sub_(1).contiguous()
+def shortened(names: Sequence[str], shown: int = 5) -> str:
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
+
+
+def digest_of(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def resize_short_side(image: Image.Image, side: int) -> Image.Image:
@@ -53,6 +62,7 @@ class Augmented(Labelled):
 
     def __init__(self, seed: int, augment: bool, flip: bool) -> None:
         self.seed, self.augment, self.flip, self.epoch = seed, augment, flip, 0
+        self.notes: list[str] = []
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -73,9 +83,11 @@ def crop(image: torch.Tensor, size: int, down: float, across: float) -> torch.Te
 
 
 class ImageFolder(Augmented):
-    """Images of ``root/<class>/**``; classes and files are numbered in sorted order.
+    """Images of ``root/<class>/**``; classes are numbered in natural order (1, 2, 10), files in sorted order.
 
-    The short side is resized to 1.125 x ``size`` (Lanczos), then a random crop (``augment``) or the centre is taken.
+    Read by `varkern.images.open_image`. The short side is resized to 1.125 x ``size`` (Lanczos), then a random crop
+    (``augment``) or the centre is taken. ``notes`` says what was left out: hidden files and folders are without a
+    word, classes without images, broken links and unknown types with one.
     """
 
     def __init__(
@@ -89,33 +101,61 @@ class ImageFolder(Augmented):
         flip: bool = False,
     ) -> None:
         super().__init__(seed, augment, flip)
-        self.root, self.size, self.mode = Path(root), size, {1: "L", 3: "RGB"}[channels]
-        if not self.root.is_dir():
-            raise FileNotFoundError(f"image folder {self.root} does not exist")
-        self.classes = sorted(entry.name for entry in self.root.iterdir() if entry.is_dir())
-        if not self.classes:
-            raise ValueError(f"image folder {self.root} has no class sub-folders; expected {self.root}/<class>/<image>")
+        self.root, self.size, self.channels = Path(root), size, channels
+        self.classes: list[str] = []
         self.files: list[Path] = []
+        self.sizes: list[int] = []  # bytes
+        self.skipped: list[str] = []  # faults of the files that `check` left out
         labels: list[int] = []
-        for label, name in enumerate(self.classes):
-            found = sorted(p for p in (self.root / name).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        empty, left = [], Counter[str]()
+        for name in list_classes(self.root):
+            found, others = list_images(self.root / name)
+            left += others
             if not found:
-                raise ValueError(
-                    f"class folder {self.root / name} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})"
-                )
-            self.files += found
-            labels += [label] * len(found)
+                empty.append(name)
+                continue
+            self.files += [path for path, _ in found]
+            self.sizes += [length for _, length in found]
+            labels += [len(self.classes)] * len(found)
+            self.classes.append(name)
+        if not self.files:
+            raise ValueError(f"the class folders of {self.root} hold no images ({', '.join(sorted(image_suffixes()))})")
         self.labels = np.array(labels, dtype=np.int64)
+        if empty:
+            self.notes.append(f"{len(empty)} class folders without images are no classes: {shortened(empty)}")
+        if left:
+            text = ", ".join(f"{count} {reason}" for reason, count in left.most_common())
+            self.notes.append(f"files of {self.root} that are no images are left out: {text}")
+
+    def check(self, on_bad_image: str) -> None:
+        """Look at every file's header; bad ones raise a ValueError that lists them, or with "skip" are left out."""
+        bad = bad_images(self.files)
+        if not bad:
+            return
+        if on_bad_image == "error":
+            raise refusal(list(bad.values()))
+        good = [i for i in range(len(self.files)) if i not in bad]
+        self.skipped = list(bad.values())
+        self.notes.append(f"{len(bad)} bad image files are left out, the first: {self.skipped[0]}")
+        self.files, self.sizes = [self.files[i] for i in good], [self.sizes[i] for i in good]
+        self.labels = self.labels[good]
+        if not good:
+            raise refusal(self.skipped)
+        kept, self.labels = np.unique(self.labels, return_inverse=True)
+        gone = [name for label, name in enumerate(self.classes) if label not in kept]
+        self.classes = [self.classes[label] for label in kept]
+        if gone:
+            self.notes.append(f"no readable image is left in {shortened(gone)}, so they are no classes")
+
+    def digest(self) -> str:
+        """Hash of the names, sizes and labels of the files."""
+        names = [path.relative_to(self.root).as_posix() for path in self.files]
+        return digest_of([self.classes, list(zip(names, self.sizes, self.labels.tolist(), strict=True))])
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        path = self.files[index]
-        try:
-            with Image.open(path) as opened:
-                image = resize_short_side(opened.convert(self.mode), round(RESIZE_MARGIN * self.size))
-        except (OSError, SyntaxError, ValueError) as error:
-            raise ValueError(f"cannot read image {path}: {error}; repair or remove the file") from error
+        image = resize_short_side(open_image(self.files[index], self.channels), round(RESIZE_MARGIN * self.size))
         down, across, mirror = self.draws(index)
-        pixels = crop(to_tensor(image), self.size, down, across)
+        pixels = crop(from_uint8(np.asarray(image)), self.size, down, across)
         return (pixels.flip(2) if mirror else pixels), int(self.labels[index])
 
 
@@ -141,10 +181,14 @@ class Digits(Augmented):
         images = []
         for scan in scans.reshape(-1, 8, 8):
             grey = Image.fromarray(np.round(scan * (255 / 16)).astype(np.uint8))
-            image = to_tensor(grey.resize((size, size), Image.Resampling.BICUBIC))
+            image = from_uint8(np.asarray(grey.resize((size, size), Image.Resampling.BICUBIC)))
             images.append(image.expand(channels, -1, -1))
         self.images = torch.stack(images)
         self.border = max(1, size // 16)
+
+    def digest(self) -> str:
+        """Hash of the labels."""
+        return digest_of(self.labels.tolist())
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         image = self.images[index]
@@ -161,6 +205,11 @@ class Part(Labelled):
     def __init__(self, whole: ImageFolder | Digits, indices: np.ndarray) -> None:
         self.whole, self.indices = whole, indices
         self.classes, self.labels = whole.classes, whole.labels[indices]
+
+    def describe(self) -> str:
+        """Lines that tell the numbers of the classes and what was left out."""
+        names = [f"{label} {name}" for label, name in enumerate(self.classes)]
+        return "\n".join([f"{len(names)} classes: {shortened(names, 20)}", *self.whole.notes])
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         return self.whole[int(self.indices[index])]
@@ -184,15 +233,15 @@ def stratified_split(labels: np.ndarray, held_out: float, seed: int) -> tuple[np
 def load_split(config: DataConfig, seed: int = 0) -> tuple[Part, Part]:
     """Training images (augmented as configured, by ``seed``) and held-out images (never augmented)."""
     config.validate_data()
-
-    def load(augment: bool, flip: bool) -> ImageFolder | Digits:
-        if config.data == "digits":
-            return Digits(config.image_size, config.channels, seed=seed, augment=augment, flip=flip)
-        return ImageFolder(config.data, config.image_size, config.channels, seed=seed, augment=augment, flip=flip)
-
-    plain = load(False, False)
+    plain: ImageFolder | Digits
+    if config.data == "digits":
+        plain = Digits(config.image_size, config.channels, seed=seed)
+    else:
+        plain = ImageFolder(config.data, config.image_size, config.channels, seed=seed)
+        plain.check(config.on_bad_image)
     train, test = stratified_split(plain.labels, config.held_out, config.split_seed)
-    augmented = load(config.augment, config.flip) if config.augment or config.flip else plain
+    augmented = copy.copy(plain)  # shares the list of files or the scans
+    augmented.augment, augmented.flip = config.augment, config.flip
     return Part(augmented, train), Part(plain, test)
 
 
@@ -210,13 +259,49 @@ def batches(
     drop_last: bool = False,
     workers: int = 0,
 ) -> Iterator[list[torch.Tensor]]:
-    """Collated batches of ``dataset`` in ``order``, from batch ``start`` on."""
+    """Collated batches of ``dataset`` in ``order``, from batch ``start`` on.
+
+    Raises ValueError with one sentence for an item that cannot be read, in a worker, too.
+    """
     groups = [[int(i) for i in order[at : at + batch_size]] for at in range(0, len(order), batch_size)]
     if drop_last and groups and len(groups[-1]) < batch_size:
         groups.pop()
     # A loader without its own generator draws its workers' seed from the global one: resuming would not be exact.
-    return iter(
-        DataLoader(
-            dataset, batch_sampler=groups[start:], num_workers=workers, generator=torch.Generator().manual_seed(0)
-        )
-    )
+    for batch in DataLoader(
+        Guarded(dataset),
+        batch_sampler=groups[start:],
+        num_workers=workers,
+        collate_fn=collated,
+        worker_init_fn=start_worker,
+        generator=torch.Generator().manual_seed(0),
+    ):
+        if isinstance(batch, str):
+            raise ValueError(batch)
+        yield batch
+
+
+class Guarded(Dataset):
+    """Items of another data set; the text of the error in place of an item that cannot be read.
+
+    A worker's exception would arrive wrapped in its traceback.
+    """
+
+    def __init__(self, whole: Dataset) -> None:
+        self.whole = whole
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self.whole[index]
+        except (OSError, ValueError) as error:
+            return str(error) or type(error).__name__
+
+
+def collated(items: list[Any]) -> Any:
+    return next((item for item in items if isinstance(item, str)), None) or default_collate(items)
+
+
+def start_worker(_: int) -> None:
+    """One thread, since a forked OpenMP pool hangs and workers share the cores; signals are the main process's."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

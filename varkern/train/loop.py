@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,9 +13,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from varkern.train.config import PRECISIONS, LoopConfig, resolve_device
+from varkern.train.config import PRECISIONS, LoopConfig, check, resolve_device
 from varkern.train.data import Labelled, batches, epoch_order
-from varkern.train.run import Run, random_state, restore_random_state
+from varkern.train.run import Run, Stopped, random_state, restore_random_state
 from varkern.train.schedule import lr_factor, parameter_groups, peak_lr, weight_decay_at
 
 __all__ = ["Average", "Loop"]
@@ -78,16 +80,20 @@ class Loop:
     (seed, epoch, index) or (seed, step): a run killed at any moment and resumed gives bit-identical weights.
     """
 
-    def __init__(self, config: LoopConfig, run: Run, model: nn.Module, train: Labelled) -> None:
+    def __init__(self, config: LoopConfig, run: Run, model: nn.Module, train: Labelled, held_out: Labelled) -> None:
         self.config, self.run, self.model, self.train_images = config, run, model, train
         self.device = resolve_device(config.device)
         model.to(self.device)
+        check(
+            len(held_out) > 0 or not config.validate_every,
+            f"held_out is {config.held_out}, which leaves nothing to validate on; raise it, or set validate_every to 0",
+        )
         self.steps_per_epoch = len(train) // config.batch_size
         if self.steps_per_epoch == 0:
             raise ValueError(f"batch_size is {config.batch_size} but there are only {len(train)} training images")
         self.total_steps = config.epochs * self.steps_per_epoch
         self.warmup_steps = round(config.warmup_epochs * self.steps_per_epoch)
-        self.step = 0
+        self.step = self.stop = 0  # stop: the signal that asks for it
         self.peak_lr = peak_lr(config.base_lr, config.batch_size)
         self.optimizer = torch.optim.AdamW(parameter_groups(model), lr=self.peak_lr, betas=(0.9, 0.95))
         self.dtype = PRECISIONS[config.precision]
@@ -110,15 +116,39 @@ class Loop:
 
     # ---- the loop ----------------------------------------------------------------------------------------------
     def fit(self) -> None:
-        """Train to the last step, from the checkpoint if the run has one."""
+        """Train to the last step, from the checkpoint if the run has one.
+
+        SIGTERM and the first SIGINT end the step, write a checkpoint and raise `Stopped`.
+        """
         state = self.run.load()
         if state is not None:
             self.load_state(state)
         self.model.train()
         self.started = Clock.now()
-        with tqdm(total=self.total_steps, initial=self.step, desc=self.run.folder.name, unit="step") as progress:
+        with (
+            self.signals(),
+            tqdm(total=self.total_steps, initial=self.step, desc=self.run.folder.name, unit="step") as progress,
+        ):
             while self.step < self.total_steps:
                 self.fit_epoch(progress)
+
+    @contextmanager
+    def signals(self) -> Iterator[None]:
+        """Within the block SIGTERM and the first SIGINT are noted in ``stop``; the main thread alone can do so."""
+
+        def note(signum: int, frame: object) -> None:
+            self.stop = signum
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {signum: signal.signal(signum, note) for signum in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
 
     def fit_epoch(self, progress: tqdm) -> None:
         config = self.config
@@ -144,8 +174,11 @@ class Loop:
             due = ended and bool(config.validate_every) and ((epoch + 1) % config.validate_every == 0 or last)
             if due:
                 self.run.log(self.step, {"epoch": epoch, **{f"val_{k}": v for k, v in self.validated().items()}})
-            if due or last or self.step % config.checkpoint_every == 0:
+            stop = self.stop
+            if due or last or stop or self.step % config.checkpoint_every == 0:
                 self.run.save(self.state())
+            if stop and not last:
+                raise Stopped(stop, self.run.folder, self.step)
             began = time.perf_counter()
 
     def train_step(self, images: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:

@@ -3,27 +3,42 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import os
+import signal
+import sys
+import weakref
+import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
 from varkern.train.config import LoopConfig
+from varkern.train.data import Part
 
-__all__ = ["CHECKPOINT", "METRICS", "Run", "atomic_write", "random_state", "restore_random_state"]
+__all__ = ["CHECKPOINT", "METRICS", "Run", "Stopped", "atomic_write", "random_state", "restore_random_state"]
 
 CHECKPOINT = "checkpoint.pt"
+CLASSES = "classes.json"
+LOCK = ".lock"
+SKIPPED = "bad_images.txt"
 METRICS = "metrics.jsonl"
 FORMAT = 1
 # Settings that may differ between a run and its continuation: they do not change what is computed.
-FREE_SETTINGS = frozenset({"out", "resume", "workers", "device", "log_every", "checkpoint_every"})
+FREE_SETTINGS = frozenset({"out", "resume", "workers", "device", "log_every", "checkpoint_every", "on_bad_image"})
+# Settings of the schedule, which is a function of the step and is computed anew.
+SCHEDULE_SETTINGS = frozenset({"base_lr", "warmup_epochs", "epochs"})
 
 
 def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write ``path`` so that a reader, or a power cut, finds the whole old file or the whole new one."""
+    """Write ``path`` so that a reader, or a power cut, finds the whole old file or the whole new one.
+
+    Raises OSError naming ``path`` where it cannot be written.
+    """
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(scratch, "wb") as file:
@@ -31,8 +46,58 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(scratch, path)
+    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
+        raise unwritable(path, error) from error
     finally:
-        scratch.unlink(missing_ok=True)
+        with suppress(OSError):
+            scratch.unlink(missing_ok=True)
+
+
+def unwritable(path: Path, error: Exception) -> OSError:
+    reason = next((e.strerror for e in (error, error.__context__) if isinstance(e, OSError) and e.strerror), str(error))
+    return OSError(f"{path} cannot be written ({reason}); free some space or choose another folder")
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal stopped the run after its checkpoint was written; ``status`` is the exit status, 128 + the signal."""
+
+    def __init__(self, signum: int, folder: Path, step: int) -> None:
+        super().__init__(
+            f"stopped by {signal.Signals(signum).name} at step {step}; {folder / CHECKPOINT} holds it, so that the "
+            "run can be resumed"
+        )
+        self.status = 128 + signum
+
+
+_locks: weakref.WeakSet[BinaryIO] = weakref.WeakSet()
+
+
+def _close_locks() -> None:
+    for file in _locks:
+        file.close()
+
+
+# A worker that outlives a killed run for a moment must not keep its lock.
+os.register_at_fork(after_in_child=_close_locks)
+
+
+def lock(folder: Path) -> BinaryIO:
+    """Open and lock ``folder``'s lock file, which then holds this process's id; closing it lets go."""
+    file = open(folder / LOCK, "a+b")  # noqa: SIM115 (held as long as the run)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        pid = file.read().decode(errors="replace").strip()
+        file.close()
+        raise FileExistsError(
+            f"{folder} is in use by another run (process {pid}); wait for it, or choose another output folder"
+        ) from None
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n".encode())
+    file.flush()
+    _locks.add(file)
+    return file
 
 
 def random_state(device: torch.device) -> dict[str, torch.Tensor]:
@@ -50,21 +115,53 @@ def restore_random_state(state: dict[str, torch.Tensor], device: torch.device) -
 
 
 class Run:
-    """Opens ``config.out``: new, or with ``config.resume`` at its checkpoint.
+    """Opens and locks ``config.out``: new, or with ``config.resume`` at its checkpoint.
 
-    Raises ``FileExistsError`` rather than overwrite another run's checkpoint, and ``ValueError`` when the checkpoint
-    is damaged or was made with other settings.
+    A context manager, which lets go of the folder. Raises ``FileExistsError`` rather than overwrite another run's
+    checkpoint or share a folder with a run that goes on, ``NotADirectoryError`` for a file, ``OSError`` where nothing
+    can be written, and ``ValueError`` when the checkpoint is damaged or was made with other settings or inputs.
     """
 
     def __init__(self, config: LoopConfig) -> None:
         self.config, self.folder = config, Path(config.out)
         self.checkpoint, self.metrics = self.folder / CHECKPOINT, self.folder / METRICS
         self.settings = json.loads(json.dumps(dataclasses.asdict(config)))
+        self.inputs: dict[str, str] = {}  # digests of what the settings name, such as the images
+        if self.folder.exists() and not self.folder.is_dir():
+            raise NotADirectoryError(f"{self.folder} is a file; name a folder for the run")
         if self.checkpoint.exists() and not config.resume:
             raise FileExistsError(
                 f"{self.checkpoint} is the checkpoint of another run; resume it, or choose another output folder"
             )
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = lock(self.folder)
+        except FileExistsError:
+            raise
+        except OSError as error:
+            raise unwritable(self.folder, error) from error
+        for scratch in self.folder.glob(".*.tmp"):  # of a run that was killed while writing
+            scratch.unlink(missing_ok=True)
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.lock.close()
+
+    def take(self, data: str, train: Part) -> None:
+        """Note what is trained on, tell its classes on stderr, and list the bad files left out."""
+        self.inputs[f"images of {data}"] = train.whole.digest()
+        print(train.describe(), file=sys.stderr)
+        skipped = getattr(train.whole, "skipped", [])
+        if skipped:
+            text = "".join(f"{fault}\n" for fault in skipped)
+            atomic_write(self.folder / SKIPPED, lambda file: file.write(text.encode()))
+
+    def write_classes(self, classes: list[str]) -> None:
+        """Write the names of the classes in their order, which ``varkern sample`` reads."""
+        text = json.dumps(classes, indent=0, ensure_ascii=False) + "\n"
+        atomic_write(self.folder / CLASSES, lambda file: file.write(text.encode()))
 
     def load(self) -> dict[str, Any] | None:
         """The checkpoint to continue from, or None for a fresh start; the log is cut back to its step."""
@@ -72,6 +169,10 @@ class Run:
             self.metrics.unlink(missing_ok=True)
             return None
         try:
+            with zipfile.ZipFile(self.checkpoint) as archive:  # torch writes checksums and does not read them
+                damaged = archive.testzip()
+            if damaged:
+                raise ValueError(f"the checksum of {damaged} is wrong")
             # weights_only: a checkpoint from elsewhere must not be able to run code.
             state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
         except Exception as error:
@@ -88,25 +189,42 @@ class Run:
             raise ValueError(
                 f"{self.checkpoint} belongs to a run with {state['kind']}, not {type(self.config).__name__}"
             )
-        saved = state["settings"]
+        # A setting that the checkpoint does not know yet had the effect of its default.
+        defaults = {field.name: field.default for field in dataclasses.fields(self.config)}
+        saved = json.loads(json.dumps({k: v for k, v in defaults.items() if v is not dataclasses.MISSING}))
+        saved |= state["settings"]
         for name, value in self.settings.items():
-            if name not in FREE_SETTINGS and saved.get(name) != value:
+            if name not in FREE_SETTINGS | SCHEDULE_SETTINGS and saved.get(name) != value:
                 raise ValueError(
                     f"{self.checkpoint} was made with {name} = {saved.get(name)!r}, not {value!r}; "
                     "resume with the same settings"
+                )
+        if self.settings["epochs"] < saved["epochs"]:
+            raise ValueError(
+                f"{self.checkpoint} was made with epochs = {saved['epochs']}, not {self.settings['epochs']}; "
+                "a run can be lengthened, not shortened"
+            )
+        for name, digest in state.get("inputs", {}).items():
+            if self.inputs.get(name, digest) != digest:
+                raise ValueError(
+                    f"the {name} have changed since {self.checkpoint} was made; restore them, or start another run"
                 )
         self.cut_log(state["step"])
         return state
 
     def save(self, state: dict[str, Any]) -> None:
-        state = {"format": FORMAT, "kind": type(self.config).__name__, "settings": self.settings, **state}
+        kind = type(self.config).__name__
+        state = {"format": FORMAT, "kind": kind, "settings": self.settings, "inputs": self.inputs, **state}
         atomic_write(self.checkpoint, lambda file: torch.save(state, file))
 
     def log(self, step: int, record: dict[str, Any]) -> None:
         """Append one JSON line."""
         line = {k: round(v, 6) if isinstance(v, float) else v for k, v in {"step": step, **record}.items()}
-        with open(self.metrics, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            with open(self.metrics, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise unwritable(self.metrics, error) from error
 
     def cut_log(self, step: int) -> None:
         """Drop lines after ``step``, which will be written again, and a line cut short by a kill."""
@@ -118,6 +236,7 @@ class Run:
                 record = json.loads(line)
             except json.JSONDecodeError:
                 continue
-            if record["step"] <= step:
+            # Restarts are noted before their step, so those at ``step`` come again.
+            if record["step"] < step + ("restarted" not in record):
                 kept.append(line + "\n")
         atomic_write(self.metrics, lambda file: file.write("".join(kept).encode()))

@@ -29,7 +29,7 @@ class TokenizerLoop(Loop):
     model: VQVAE
 
     def __init__(self, config: TokenizerConfig, run: Run, vae: VQVAE, train: Part, held_out: Part) -> None:
-        super().__init__(config, run, vae, train)
+        super().__init__(config, run, vae, train, held_out)
         self.held_out = held_out
 
     def before_step(self) -> dict[str, Any]:
@@ -88,14 +88,16 @@ def train_tokenizer(config: TokenizerConfig) -> Path:
     Raises ``ValueError`` for settings that cannot work, ``FileExistsError`` for an occupied output folder.
     """
     config.validate()
-    run = Run(config)
-    train, held_out = load_split(config, config.seed)
-    torch.manual_seed(config.seed)
-    vae = VQVAE(**config.vae_kwargs(), test_mode=False)
-    loop = TokenizerLoop(config, run, vae, train, held_out)
-    loop.fit()
-    with loop.exported():
-        save_tokenizer(vae, config.vae_kwargs(), run.folder)
+    with Run(config) as run:
+        train, held_out = load_split(config, config.seed)
+        run.take(config.data, train)
+        torch.manual_seed(config.seed)
+        vae = VQVAE(**config.vae_kwargs(), test_mode=False)
+        loop = TokenizerLoop(config, run, vae, train, held_out)
+        loop.fit()
+        with loop.exported():
+            save_tokenizer(vae, config.vae_kwargs(), run.folder)
+        run.write_classes(train.classes)
     return run.folder
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -31,7 +33,7 @@ class TransformerLoop(Loop):
     def __init__(
         self, config: TransformerConfig, run: Run, var: VAR, vae: VQVAE, train: Part | Encoded, held_out: Encoded
     ) -> None:
-        super().__init__(config, run, var, train)
+        super().__init__(config, run, var, train, held_out)
         self.vae, self.held_out, self.on_the_fly = vae, held_out, isinstance(train, Part)
 
     def encode(self, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -71,30 +73,44 @@ def train_transformer(config: TransformerConfig) -> Path:
     Raises ``ValueError`` for settings that cannot work, ``FileExistsError`` for an occupied output folder.
     """
     config.validate()
-    run = Run(config)
     tokenizer = load_tokenizer(config.tokenizer, config.patch_nums)
-    check(
-        tokenizer.vae.in_channels == config.channels,
-        f"channels is {config.channels} but tokenizer {config.tokenizer} has {tokenizer.vae.in_channels}",
-    )
+    channels = tokenizer.vae.in_channels
     patch_nums = tuple(tokenizer.vae.quantize.v_patch_nums)
     size = patch_nums[-1] * tokenizer.vae.downsample
-    check(config.image_size == size, f"image_size is {config.image_size} but the tokenizer takes {size} pixels")
-    train, held_out = load_split(config, config.seed)
-    torch.manual_seed(config.seed)
-    var = VARHF(vae_kwargs=tokenizer.vae_kwargs, **config.var_kwargs(len(train.classes), patch_nums))
-    var.init_weights(init_adaln=0.5, init_adaln_gamma=1e-5, init_head=0.02, init_std=-1)
-    vae, device = var.vae_proxy[0], resolve_device(config.device)
-    load_checkpoint(vae, tokenizer.vae.state_dict())
-    vae.to(device).eval().requires_grad_(False)
+    check(
+        config.channels in (0, channels),
+        f"channels is {config.channels} but tokenizer {config.tokenizer} has {channels}",
+    )
+    check(config.image_size in (0, size), f"image_size is {config.image_size} but the tokenizer takes {size} pixels")
+    config = replace(config, image_size=size, channels=channels)
+    with Run(config) as run:
+        train, held_out = load_split(config, config.seed)
+        run.take(config.data, train)
+        run.inputs[f"weights of {config.tokenizer}"] = digest_of_weights(tokenizer.vae)
+        torch.manual_seed(config.seed)
+        var = VARHF(vae_kwargs=tokenizer.vae_kwargs, **config.var_kwargs(len(train.classes), patch_nums))
+        var.init_weights(init_adaln=0.5, init_adaln_gamma=1e-5, init_head=0.02, init_std=-1)
+        vae, device = var.vae_proxy[0], resolve_device(config.device)
+        load_checkpoint(vae, tokenizer.vae.state_dict())
+        vae.to(device).eval().requires_grad_(False)
 
-    data: Part | Encoded = train
-    if not (config.augment or config.flip):
-        drawn = config.code_temperature > 0
-        data = encode_all(vae, train, config.batch_size, device, features=drawn, workers=config.workers)
-    held = encode_all(vae, held_out, config.batch_size, device, workers=config.workers)
-    loop = TransformerLoop(config, run, var, vae, data, held)
-    loop.fit()
-    with loop.exported():
-        var.save_pretrained(run.folder)
+        data: Part | Encoded = train
+        if not (config.augment or config.flip):
+            drawn = config.code_temperature > 0
+            data = encode_all(vae, train, config.batch_size, device, features=drawn, workers=config.workers)
+        held = encode_all(vae, held_out, config.batch_size, device, workers=config.workers)
+        loop = TransformerLoop(config, run, var, vae, data, held)
+        loop.fit()
+        with loop.exported():
+            var.save_pretrained(run.folder)
+        run.write_classes(train.classes)
     return run.folder
+
+
+def digest_of_weights(module: torch.nn.Module) -> str:
+    """Hash of names, types, shapes and values of a module's state."""
+    digest = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
