@@ -108,7 +108,9 @@ def _sampling_options(parser: Parser, num: str) -> None:
     group = parser.add_argument_group("sampling")
     group.add_argument("--num", type=_int(1, "a number"), help=num)
     group.add_argument(
-        "--seed", type=_int(0, "a seed"), help="batch b draws with seed + b (default: a new one, printed)"
+        "--seed",
+        type=_int(0, "a seed"),
+        help="of the run; image i draws with a mix of it and i (default: a new one, printed)",
     )
     group.add_argument(
         "--cfg", type=float, default=1.5, help="classifier-free guidance, 0 = off (default: %(default)s)"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import importlib
 import importlib.util
 import json
@@ -22,8 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from varkern import edit, images
+from varkern import edit, images, sampling
 from varkern.engine import generate
+from varkern.engine.arguments import check_options
+from varkern.engine.options import Options
 from varkern.models import VAR, VQVAE, CheckpointWarning, load
 from varkern.models.find import load_tokenizer, locate
 
@@ -160,17 +163,38 @@ def _sampling(options: argparse.Namespace) -> dict[str, Any]:
 
 def sample(options: argparse.Namespace) -> None:
     _check_out(options.out)
-    var, seed = _load(options), _seed(options)
+    var = _load(options)
     classes = _labels(options.classes or [], var.num_classes, _checkpoint(options))
     count = options.num or len(classes) or min(var.num_classes, 10)
     classes = classes or list(range(var.num_classes))
-    labels = torch.tensor([classes[i % len(classes)] for i in range(count)], device=var.lvl_1L.device)
-    begin, made = time.perf_counter(), []
-    for batch, items in _batches(count, options.batch_size, "sampling"):
-        part = labels[items]
-        made.append(generate(var, len(part), part, seed + batch, **_sampling(options)).images.float().cpu())
-    print(f"{count} images, seed {seed}, {labels.device}, {options.dtype}: {time.perf_counter() - begin:.2f} s")
-    _write(options.out, torch.cat(made), [_class_name(label, var.num_classes) for label in labels.tolist()])
+    labels = [classes[i % len(classes)] for i in range(count)]
+    device = var.lvl_1L.device
+    check_options(var, 1, Options(**_sampling(options)))  # before the folder is made
+
+    def make(indices: list[int], seeds: list[int]) -> Tensor:
+        part = torch.tensor([labels[i] for i in indices], dtype=torch.int64, device=device)
+        if not options.more_smooth:
+            return generate(var, len(part), part, seeds, **_sampling(options)).images
+        # The reference, which draws soft tokens, takes one seed a call.
+        alone = zip(part.split(1), seeds, strict=True)
+        return torch.cat([generate(var, 1, label, seed, **_sampling(options)).images for label, seed in alone])
+
+    names = [_class_name(label, var.num_classes) for label in labels]
+    begin = time.perf_counter()
+    settings = _settings(options) | {"command": "sample", "classes": classes}
+    new = functools.partial(secrets.randbelow, 2**31)
+    seed, made = sampling.run(options.out, settings, options.seed, new, names, options.batch_size, make, "sampling")
+    print(f"{made} images, seed {seed}, {device}, {options.dtype}: {time.perf_counter() - begin:.2f} s")
+
+
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    """What decides images beside the seed, as JSON values."""
+    return _sampling(options) | {
+        "checkpoint": options.checkpoint,
+        "vae": options.vae,
+        "patch_nums": options.patch_nums,
+        "dtype": options.dtype,
+    }
 
 
 def _class_name(label: int, num_classes: int) -> str:
@@ -234,7 +258,7 @@ def edit_image(options: argparse.Namespace) -> None:
     labels = [labels[i % len(labels)] for i in range(count)]
     begin, made = time.perf_counter(), []
     for batch, items in _batches(count, options.batch_size, "editing"):
-        part = torch.tensor(labels[items], device=device)
+        part = torch.tensor(labels[items], dtype=torch.int64, device=device)
         given = image.to(device=device, dtype=DTYPES[options.dtype]).expand(len(part), -1, -1, -1)
         settings: dict[str, Any] = {"box": options.box, "mask": mask, "seed": seed + batch, **_sampling(options)}
         if options.mode == "class":

@@ -38,7 +38,7 @@ def box_mask(side: int, box: Box) -> Tensor:
             f"box must be (top, left, bottom, right) with 0 <= top < bottom <= 1, and left < right; got {box}"
         )
     rows, columns = slice(round(top * side), round(bottom * side)), slice(round(left * side), round(right * side))
-    mask = torch.zeros(side, side)
+    mask = torch.zeros(side, side, dtype=torch.float32, device="cpu")
     mask[rows, columns] = 1
     if not mask.any():
         raise ValueError(f"box {box} holds no token of a {side}x{side} map; make it larger")
