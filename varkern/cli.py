@@ -261,6 +261,7 @@ def build_parser() -> argparse.ArgumentParser:
         default="inpaint",
         help="generate the inside of the region, its outside, or the inside as --class (default: %(default)s)",
     )
+    sub.add_argument("--paste-back", action="store_true", help="pixels outside the region stay the image's own")
     _class_option(sub, "with --mode class")
     _out_option(sub, "out/edits", "several results as a grid")
     _sampling_options(sub, "results (default: one, or one of each class named)")

@@ -64,9 +64,11 @@ def read_image(path: str | os.PathLike[str], size: int, channels: int) -> Tensor
     return from_uint8(np.asarray(image))
 
 
-def read_mask(path: str | os.PathLike[str], size: int) -> Tensor:
-    """A grey picture, white inside the region -> (size, size) float32 in [0, 1], cut as `read_image` cuts."""
-    return read_image(path, size, channels=1)[0].add(1).div(2)
+def read_mask(path: str | os.PathLike[str]) -> Tensor:
+    """A grey picture, white inside the region -> (side, side) float32 in [0, 1], its central square, not resized."""
+    image = _open(path, channels=1)
+    side = min(image.size)
+    return from_uint8(np.asarray(ImageOps.fit(image, (side, side), Image.Resampling.NEAREST)))[0].add(1).div(2)
 
 
 def held_out_digits(count: int, size: int, channels: int) -> tuple[Tensor, list[int]]:
