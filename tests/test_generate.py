@@ -145,7 +145,9 @@ def test_progressive_models_do_not_generate(var, monkeypatch) -> None:
 class TestEditing:
     def test_what_is_kept_is_kept(self, golden) -> None:
         """With everything kept an edit decodes the image's own tokens."""
-        edited = varkern.edit.inpaint(golden.var, golden.image, mask=torch.zeros(8, 8), seed=0)
+        edited = varkern.generate(
+            golden.var, 2, 10, 0, keep=Keep(golden.vae.img_to_idxBl(golden.image), torch.ones(8, 8))
+        )
         own = golden.vae.img_to_reconstructed_img(golden.image, last_one=True).add(1).mul(0.5)
         torch.testing.assert_close(edited.images, own, rtol=0, atol=1e-5)
 
@@ -184,10 +186,11 @@ class TestEditing:
             ({"box": (0, 0, 1, 1), "mask": torch.zeros(8, 8)}, "by either box"),
             ({"box": (0.5, 0.0, 0.2, 1.0)}, "0 <= top < bottom <= 1"),
             ({"box": (0.0, 0.0, 1.5, 1.0)}, "0 <= top < bottom <= 1"),
-            ({"box": (0.0, 0.0, 0.01, 1.0)}, "holds no token"),
+            ({"mask": torch.zeros(8, 8)}, "nothing to generate"),
+            ({"mask": torch.ones(9, 9)}, "nothing to keep"),
             ({"mask": torch.full((8, 8), 2.0)}, r"in \[0, 1\]"),
             ({"mask": torch.zeros(8)}, r"\(H, W\)"),
-            ({"mask": torch.zeros(3, 8, 8)}, "3 regions for 2 images"),
+            ({"mask": torch.eye(8).repeat(3, 1, 1)}, "3 regions for 2 images"),
         ],
     )
     def test_bad_regions(self, golden, region, match) -> None:

@@ -108,7 +108,9 @@ def _sampling_options(parser: Parser, num: str) -> None:
     group = parser.add_argument_group("sampling")
     group.add_argument("--num", type=_int(1, "a number"), help=num)
     group.add_argument(
-        "--seed", type=_int(0, "a seed"), help="batch b draws with seed + b (default: a new one, printed)"
+        "--seed",
+        type=_int(0, "a seed"),
+        help="of the run; image i draws with a mix of it and i (default: a new one, printed)",
     )
     group.add_argument(
         "--cfg", type=float, default=1.5, help="classifier-free guidance, 0 = off (default: %(default)s)"
@@ -259,6 +261,7 @@ def build_parser() -> argparse.ArgumentParser:
         default="inpaint",
         help="generate the inside of the region, its outside, or the inside as --class (default: %(default)s)",
     )
+    sub.add_argument("--paste-back", action="store_true", help="pixels outside the region stay the image's own")
     _class_option(sub, "with --mode class")
     _out_option(sub, "out/edits", "several results as a grid")
     _sampling_options(sub, "results (default: one, or one of each class named)")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
+import hashlib
 import importlib
 import importlib.util
 import json
@@ -22,8 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from varkern import edit, images
+from varkern import edit, images, sampling
 from varkern.engine import generate
+from varkern.engine.arguments import check_options
+from varkern.engine.options import Options
 from varkern.models import VAR, VQVAE, CheckpointWarning, load
 from varkern.models.find import load_tokenizer, locate
 
@@ -113,10 +117,6 @@ def _class_names(path: Path, num_classes: int) -> list[str]:
     return [str(name) for name in names]
 
 
-def _seed(options: argparse.Namespace) -> int:
-    return secrets.randbelow(2**31) if options.seed is None else options.seed
-
-
 def _check_out(out: Path) -> None:
     """Refuse an unusable ``--out`` before anything is computed."""
     if out.suffix.lower() in (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"):
@@ -160,17 +160,38 @@ def _sampling(options: argparse.Namespace) -> dict[str, Any]:
 
 def sample(options: argparse.Namespace) -> None:
     _check_out(options.out)
-    var, seed = _load(options), _seed(options)
+    var = _load(options)
     classes = _labels(options.classes or [], var.num_classes, _checkpoint(options))
     count = options.num or len(classes) or min(var.num_classes, 10)
     classes = classes or list(range(var.num_classes))
-    labels = torch.tensor([classes[i % len(classes)] for i in range(count)], device=var.lvl_1L.device)
-    begin, made = time.perf_counter(), []
-    for batch, items in _batches(count, options.batch_size, "sampling"):
-        part = labels[items]
-        made.append(generate(var, len(part), part, seed + batch, **_sampling(options)).images.float().cpu())
-    print(f"{count} images, seed {seed}, {labels.device}, {options.dtype}: {time.perf_counter() - begin:.2f} s")
-    _write(options.out, torch.cat(made), [_class_name(label, var.num_classes) for label in labels.tolist()])
+    labels = [classes[i % len(classes)] for i in range(count)]
+    device = var.lvl_1L.device
+    check_options(var, 1, Options(**_sampling(options)))  # before the folder is made
+
+    def make(indices: list[int], seeds: list[int]) -> Tensor:
+        part = torch.tensor([labels[i] for i in indices], dtype=torch.int64, device=device)
+        if not options.more_smooth:
+            return generate(var, len(part), part, seeds, **_sampling(options)).images
+        # The reference, which draws soft tokens, takes one seed a call.
+        alone = zip(part.split(1), seeds, strict=True)
+        return torch.cat([generate(var, 1, label, seed, **_sampling(options)).images for label, seed in alone])
+
+    names = [_class_name(label, var.num_classes) for label in labels]
+    begin = time.perf_counter()
+    settings = _settings(options) | {"command": "sample", "classes": classes}
+    new = functools.partial(secrets.randbelow, 2**31)
+    seed, made = sampling.run(options.out, settings, options.seed, new, names, options.batch_size, make, "sampling")
+    print(f"{made} images, seed {seed}, {device}, {options.dtype}: {time.perf_counter() - begin:.2f} s")
+
+
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    """What decides images beside the seed, as JSON values."""
+    return _sampling(options) | {
+        "checkpoint": options.checkpoint,
+        "vae": options.vae,
+        "patch_nums": options.patch_nums,
+        "dtype": options.dtype,
+    }
 
 
 def _class_name(label: int, num_classes: int) -> str:
@@ -225,26 +246,43 @@ def edit_image(options: argparse.Namespace) -> None:
         raise ValueError(f"--class goes with --mode class; {options.mode}ing has no class")
     if (options.box is None) == (options.mask is None):
         raise ValueError("name the region by either --box T,L,B,R or --mask FILE, not both")
-    var, seed = _load(options), _seed(options)
+    var = _load(options)
     vae, device = var.vae_proxy[0], var.lvl_1L.device
     image = images.read_image(options.image, _image_size(vae), vae.in_channels)
-    mask = None if options.mask is None else images.read_mask(options.mask, _image_size(vae))
+    mask = None if options.mask is None else images.read_mask(options.mask)
     labels = _labels(options.classes or ["none"], var.num_classes, _checkpoint(options))
     count = options.num or len(labels)
     labels = [labels[i % len(labels)] for i in range(count)]
-    begin, made = time.perf_counter(), []
-    for batch, items in _batches(count, options.batch_size, "editing"):
-        part = torch.tensor(labels[items], device=device)
+    check_options(var, 1, Options(**_sampling(options)))  # before the folder is made
+    edit.regions_of(var, options.box, mask, outside=options.mode == "outpaint")
+    region: dict[str, Any] = {"box": options.box, "mask": mask, "paste_back": options.paste_back}
+
+    def edited(part: Tensor, seed: int | list[int]) -> Tensor:
         given = image.to(device=device, dtype=DTYPES[options.dtype]).expand(len(part), -1, -1, -1)
-        settings: dict[str, Any] = {"box": options.box, "mask": mask, "seed": seed + batch, **_sampling(options)}
         if options.mode == "class":
-            made.append(edit.class_edit(var, given, part, **settings).images.float().cpu())
-        else:
-            paint = edit.inpaint if options.mode == "inpaint" else edit.outpaint
-            made.append(paint(var, given, **settings).images.float().cpu())
-    print(f"{count} edits, seed {seed}, {device}, {options.dtype}: {time.perf_counter() - begin:.2f} s")
+            return edit.class_edit(var, given, part, seed=seed, **region, **_sampling(options)).images
+        paint = edit.inpaint if options.mode == "inpaint" else edit.outpaint
+        return paint(var, given, seed=seed, **region, **_sampling(options)).images
+
+    def make(indices: list[int], seeds: list[int]) -> Tensor:
+        part = torch.tensor([labels[i] for i in indices], dtype=torch.int64, device=device)
+        if not options.more_smooth:
+            return edited(part, seeds)
+        return torch.cat([edited(label, seed) for label, seed in zip(part.split(1), seeds, strict=True)])
+
     kind = [_class_name(label, var.num_classes) if options.mode == "class" else options.mode for label in labels]
-    _write(options.out, torch.cat(made), kind)
+    files = [path for path in (options.image, options.mask) if path is not None]
+    settings = _settings(options) | {
+        "command": "edit",
+        "mode": options.mode,
+        "classes": options.classes,
+        "box": options.box,
+        "paste_back": options.paste_back,
+        "files": [[str(path), hashlib.sha256(path.read_bytes()).hexdigest()] for path in files],
+    }
+    begin, new = time.perf_counter(), functools.partial(secrets.randbelow, 2**31)
+    seed, made = sampling.run(options.out, settings, options.seed, new, kind, options.batch_size, make, "editing")
+    print(f"{made} edits, seed {seed}, {device}, {options.dtype}: {time.perf_counter() - begin:.2f} s")
 
 
 def train_tokenizer(options: argparse.Namespace) -> None:

@@ -46,7 +46,7 @@ class Demo:
         self.originals = originals.to(device=weight.device, dtype=weight.dtype)
 
     def generate(self, labels: list[int]) -> varkern.Generation:
-        label_B = torch.tensor(labels, device=self.device)
+        label_B = torch.tensor(labels, dtype=torch.int64, device=self.device)
         return varkern.generate(self.var, len(labels), label_B, self.seed, **SAMPLING)
 
     def sheet(self, rows: list[Tensor], **labels: Any) -> Image.Image:

@@ -3,12 +3,12 @@
 import functools
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from torch import Tensor
 
 __all__ = [
@@ -152,9 +152,11 @@ def read_image(path: str | os.PathLike[str], size: int, channels: int) -> Tensor
     return from_uint8(np.asarray(image))
 
 
-def read_mask(path: str | os.PathLike[str], size: int) -> Tensor:
-    """A grey picture, white inside the region -> (size, size) float32 in [0, 1], cut as `read_image` cuts."""
-    return read_image(path, size, channels=1)[0].add(1).div(2)
+def read_mask(path: str | os.PathLike[str]) -> Tensor:
+    """A grey picture, white inside the region -> (side, side) float32 in [0, 1], its central square, not resized."""
+    image = _open(path, channels=1)
+    side = min(image.size)
+    return from_uint8(np.asarray(ImageOps.fit(image, (side, side), Image.Resampling.NEAREST)))[0].add(1).div(2)
 
 
 def held_out_digits(count: int, size: int, channels: int) -> tuple[Tensor, list[int]]:
@@ -174,14 +176,20 @@ def held_out_digits(count: int, size: int, channels: int) -> tuple[Tensor, list[
     return torch.stack([held_out[i][0] for _, _, i in chosen]), [label for _, label, _ in chosen]
 
 
-def write_png(image: Image.Image, path: str | os.PathLike[str]) -> Path:
-    """Write a PNG atomically, making its folder: a reader sees the old file or the whole new one."""
+def write_png(image: Image.Image, path: str | os.PathLike[str], text: Mapping[str, str] | None = None) -> Path:
+    """Write a PNG atomically, making its folder: a reader sees the old file or the whole new one.
+
+    text: kept in the file as text metadata, by keyword.
+    """
+    info = PngImagePlugin.PngInfo()
+    for keyword, value in (text or {}).items():
+        info.add_text(keyword, value)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
-            image.save(file, format="PNG", optimize=True)
+            image.save(file, format="PNG", optimize=True, pnginfo=info)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
