@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from varkern.cli import main
+from varkern.eval import EvaluateConfig, evaluate
 from varkern.models.checkpoint import read_state
 from varkern.train import TokenizerConfig, TransformerConfig, run, train_tokenizer, train_transformer
 from varkern.train.config import resolve_device
@@ -295,3 +296,12 @@ def test_a_device_that_is_not_there(monkeypatch):
         resolve_device("cuda")
     with pytest.raises(ValueError, match="no device of torch"):
         resolve_device("gpu")
+
+
+def test_evaluation_refuses_other_classes(photos):
+    folder = trained(photos)
+    settings = {"model": str(folder), "data": str(photos), "image_size": 8, "channels": 1, "device": "cpu"}
+    assert evaluate(EvaluateConfig(**settings))["images"] == 9
+    (photos / "10").rename(photos / "0")
+    with pytest.raises(ValueError, match=r"classes of .*photos are 0, 1, 2, those of .*classes\.json 1, 2, 10"):
+        evaluate(EvaluateConfig(**settings))

@@ -43,8 +43,7 @@ EXAMPLES = {
       --vocab-size 64 --batch-size 64 --epochs 20 --out runs/tokenizer
   varkern train-tokenizer --data imagenet/train --augment --precision bfloat16 --out runs/tokenizer --resume""",
     "train": """
-  varkern train --data digits --image-size 32 --channels 1 --tokenizer runs/tokenizer --depth 4 --batch-size 64 \\
-      --out runs/var
+  varkern train --data digits --tokenizer runs/tokenizer --depth 4 --batch-size 64 --out runs/var
   varkern train --data imagenet/train --tokenizer vae_ch160v4096z32.pth --precision bfloat16 --out runs/d16""",
     "evaluate": """
   varkern evaluate                                 the bundled model on the held-out digits

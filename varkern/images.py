@@ -154,7 +154,7 @@ def read_image(path: str | os.PathLike[str], size: int, channels: int) -> Tensor
 
 def read_mask(path: str | os.PathLike[str]) -> Tensor:
     """A grey picture, white inside the region -> (side, side) float32 in [0, 1], its central square, not resized."""
-    image = _open(path, channels=1)
+    image = open_image(path, channels=1)
     side = min(image.size)
     return from_uint8(np.asarray(ImageOps.fit(image, (side, side), Image.Resampling.NEAREST)))[0].add(1).div(2)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ from varkern.eval.digits import DigitMeasures
 from varkern.models import VAR, load, load_tokenizer
 from varkern.models.find import is_tokenizer
 from varkern.train.config import DataConfig, check, option, required, resolve_device
-from varkern.train.data import Part, batches, load_split
+from varkern.train.data import Part, batches, load_split, shortened
 from varkern.train.encode import encode_all
-from varkern.train.run import atomic_write
+from varkern.train.run import CLASSES, atomic_write
 from varkern.train.tokenizer import tokenizer_metrics
 from varkern.train.transformer import token_metrics_on
 
@@ -31,12 +32,12 @@ class EvaluateConfig(DataConfig):
     model: str = required("folder, Hub repository, or weights file; of a tokenizer alone, only that is measured")
     vae: str | None = option(None, "the tokenizer, where the model has none: the same kinds")
     part: str = option("held_out", "images to measure on: 'held_out' or 'train'")
-    batch_size: int = option(128, "images at a time")
+    batch_size: int = option(128, "images at a time", "(0, inf)")
     generate: bool = option(False, "also generate and measure images (digits only)")
     cfg: float = option(1.5, "classifier-free guidance scale")
     top_k: int = option(0, "sample among the k most likely tokens; 0 does not cut")
     top_p: float = option(0.0, "sample in the smallest set of tokens of this probability; 0 does not cut")
-    seed: int = option(0, "seed of generation and of the conditional dropout in the token loss")
+    seed: int = option(0, "seed of generation and of the conditional dropout in the token loss", "[0, 9e18]")
     device: str = option("auto", "device; 'auto' takes CUDA when there is one")
     out: str | None = option(None, "JSON file for the result")
 
@@ -44,7 +45,6 @@ class EvaluateConfig(DataConfig):
         """Raise ``ValueError`` with one sentence for the first setting that cannot work."""
         self.validate_data()
         check(self.part in ("held_out", "train"), f"part is {self.part!r}; use 'held_out' or 'train'")
-        check(self.batch_size > 0, f"batch_size is {self.batch_size}; it must be positive")
         check(
             not self.generate or self.data == "digits",
             "generated images are measured for data 'digits' only; for others write them out and use an FID tool",
@@ -90,6 +90,17 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     check(len(part) > 0, f"the {config.part} part of {config.data} is empty; change held_out")
     classes = len(part.classes) if var is None else var.num_classes
     check(len(part.classes) == classes, f"{config.data} has {len(part.classes)} classes, not {classes}")
+
+    named = Path(config.model) / CLASSES
+    if named.is_file():
+        trained = json.loads(named.read_text(encoding="utf-8"))
+        check(
+            trained == part.classes,
+            f"the classes of {config.data} are {shortened(part.classes)}, those of {named} {shortened(trained)}; "
+            "give a folder with the same classes",
+        )
+    for note in part.whole.notes:
+        print(note, file=sys.stderr)
 
     result: dict[str, Any] = {"part": config.part, "images": len(part)}
     result["tokenizer"] = tokenizer_metrics(vae, part, config.batch_size, device)

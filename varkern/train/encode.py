@@ -86,4 +86,4 @@ def encode_all(
     parts = [
         encode(vae, batch.to(device)).cpu() for batch, _ in tqdm(loader, total=total, desc="encoding", leave=False)
     ]
-    return Encoded(images, torch.cat(parts) if parts else torch.empty(0))
+    return Encoded(images, torch.cat(parts) if parts else torch.empty(0, dtype=torch.float32, device="cpu"))
