@@ -14,14 +14,15 @@ from .attention_tiles import Config, Configs, cases, choose, key_tiles, scale_bo
 
 CONFIGS: Configs = {
     (2, 32): Config(32, 128, num_warps=8, num_stages=3, max_registers=168),
-    (2, 64): Config(32, 128, num_warps=8, num_stages=3),
+    (2, 64): Config(32, 64, num_warps=4, num_stages=2),
     (2, 128): Config(32, 64, num_warps=8, num_stages=3, max_registers=248),
     (4, 32): Config(32, 32, num_warps=8, num_stages=2),
     (4, 64): Config(32, 32, num_warps=8, num_stages=2),
     (4, 128): Config(16, 32, num_warps=8, num_stages=2),
 }
-# Two programs share a multiprocessor, as in the forward kernel.
-HOPPER: Configs = {(2, 64): Config(64, 64, num_warps=4, num_stages=3)}
+# Two programs share a multiprocessor, as in the forward kernel. Triton 3.6 spills with 64 rows of queries, and above with
+# 128 of keys; 3.9 with neither.
+HOPPER: Configs = {(2, 64): Config(32, 64, num_warps=4, num_stages=3)}
 
 
 @triton.jit

@@ -33,7 +33,7 @@ from .quantize_maps import (
     load_codes,
     spatial_weight,
 )
-from .quantize_search import MARGIN, PREPARE_BLOCK, float32_score, prepare_kernel, search, search_again
+from .quantize_search import MARGIN, PREPARE_BLOCK, float32_score, largest, prepare_kernel, search, search_again
 
 _BLOCK_V = 32  # codes scored at a time
 _WARPS = 8
@@ -168,7 +168,7 @@ def scale_kernel(
         winner, close, limit = search(
             b_query, p_search, p_bias, first_v, last_v, Cv, BLOCK_C, BLOCK_V, COSINE, MARGIN, PRECISION
         )
-        if tl.max(tl.where(m_n, close, 0), 0) > 1:
+        if largest(tl.where(m_n, close, 0)) > 1:
             m_doubt = m_n & (close > 1)
             again = search_again(
                 b_query, m_doubt, limit, p_search, p_bias, first_v, last_v, Cv, BLOCK_C, BLOCK_V, PRECISION

@@ -103,6 +103,13 @@ def float32_score(b_query, i_v, p_search, p_bias, Cv, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
+def largest(b_x):
+    """The largest of a vector, which must not be reduced as one: Triton 3.6 fails there, for sm_100 and what a product's
+    rows were reduced to (TritonNvidiaGPUOptimizeTMemLayoutsPass, "parent layout must have at least rank >= 2")."""
+    return tl.max(b_x[:, None])
+
+
+@triton.jit
 def search(
     b_query,
     p_search,
@@ -165,7 +172,7 @@ def search_again(
         b_score, _ = score(b_query, p_search, p_bias, start, last, Cv, BLOCK_C, BLOCK_V, PRECISION)
         m_close = (b_score <= limit[:, None]) & m_n[:, None] & (start + i_column < last)
         # One code of each query at a time, in ascending order.
-        for _ in range(tl.max(tl.sum(m_close.to(tl.int32), 1), 0)):
+        for _ in range(largest(tl.sum(m_close.to(tl.int32), 1))):
             column = tl.min(tl.where(m_close, i_column, BLOCK_V), 1)
             m_found = column < BLOCK_V
             i_v = tl.where(m_found, start + column, first)

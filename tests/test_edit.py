@@ -66,3 +66,12 @@ def test_command_with_a_thin_mask_and_paste_back(tmp_path, monkeypatch, picture)
         changed = np.asarray(image) != pixels
         assert set(changed.nonzero()[0]) == {10}
         assert json.loads(image.text["varkern"])["index"] == i
+
+
+def test_a_photograph_that_is_cut_is_said(tmp_path, monkeypatch, capsys):
+    model = save_tiny(tmp_path / "tiny")
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(np.full((40, 90), 200, np.uint8)).save("wide.png")
+    command = ["edit", "wide.png", "--box", "0,0,0.5,1", "--seed", "0", "--out", "e"]
+    assert cli.main([*command, "--checkpoint", str(model), "--device", "cpu"]) == 0
+    assert "wide.png is 90x40: its central square is edited, and the rest is left out" in capsys.readouterr().out
