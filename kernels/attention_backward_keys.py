@@ -20,8 +20,8 @@ CONFIGS: Configs = {
     (4, 64): Config(32, 32, num_warps=8, num_stages=2),
     (4, 128): Config(16, 32, num_warps=8, num_stages=2),
 }
-# Two programs share a multiprocessor, as in the forward kernel. Triton 3.6 spills with 64 rows of queries, and above with
-# 128 of keys; 3.9 with neither.
+# Two programs share a multiprocessor, as in the forward kernel. Triton 3.6 spills with 64 rows of queries, and above
+# with 128 of keys; 3.9 with neither.
 HOPPER: Configs = {(2, 64): Config(32, 64, num_warps=4, num_stages=3)}
 
 

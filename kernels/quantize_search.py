@@ -104,8 +104,8 @@ def float32_score(b_query, i_v, p_search, p_bias, Cv, BLOCK_C: tl.constexpr):
 
 @triton.jit
 def largest(b_x):
-    """The largest of a vector, which must not be reduced as one: Triton 3.6 fails there, for sm_100 and what a product's
-    rows were reduced to (TritonNvidiaGPUOptimizeTMemLayoutsPass, "parent layout must have at least rank >= 2")."""
+    """The largest of a vector, which must not be reduced as one: Triton 3.6 fails there for sm_100, on what the rows of
+    a product were reduced to (TritonNvidiaGPUOptimizeTMemLayoutsPass, "parent layout must have at least rank >= 2")."""
     return tl.max(b_x[:, None])
 
 
