@@ -249,15 +249,15 @@ def edit_image(options: argparse.Namespace) -> None:
     var = _load(options)
     vae, device = var.vae_proxy[0], var.lvl_1L.device
     image = images.read_image(options.image, _image_size(vae), vae.in_channels)
-    width, height = images.open_image(options.image, vae.in_channels).size
-    if width != height:
-        print(f"{options.image} is {width}x{height}: its central square is edited, and the rest is left out")
     mask = None if options.mask is None else images.read_mask(options.mask)
     labels = _labels(options.classes or ["none"], var.num_classes, _checkpoint(options))
     count = options.num or len(labels)
     labels = [labels[i % len(labels)] for i in range(count)]
     check_options(var, 1, Options(**_sampling(options)))  # before the folder is made
     edit.regions_of(var, options.box, mask, outside=options.mode == "outpaint")
+    width, height = images.open_image(options.image, vae.in_channels).size
+    if width != height:
+        print(f"{options.image} is {width}x{height}: its central square is edited, and the rest is left out")
     region: dict[str, Any] = {"box": options.box, "mask": mask, "paste_back": options.paste_back}
 
     def edited(part: Tensor, seed: int | list[int]) -> Tensor:
