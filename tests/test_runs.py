@@ -125,7 +125,7 @@ def test_size_and_channels_come_from_the_tokenizer_and_classes_are_saved(photos,
     assert "3 classes: 0 1, 1 2, 2 10" in capsys.readouterr().err
     assert json.loads((out / "classes.json").read_text()) == ["1", "2", "10"]
     assert main(["sample", "--checkpoint", str(out), "--class", "10", "--out", str(photos.parent / "images")]) == 0
-    assert [path.name for path in (photos.parent / "images").iterdir()] == ["00000_class2.png"]
+    assert [path.name for path in (photos.parent / "images").glob("*.png")] == ["00000_class2.png"]
     for contradiction in (["--image-size", "16"], ["--channels", "3"]):
         assert main([*line, "--resume", *contradiction]) == 2
         assert "tokenizer" in capsys.readouterr().err
