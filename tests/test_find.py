@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import assert_both, assert_same, save_told
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
