@@ -68,6 +68,12 @@ def test_command_with_a_thin_mask_and_paste_back(tmp_path, monkeypatch, picture)
         assert json.loads(image.text["varkern"])["index"] == i
 
 
+def test_nothing_outside_of_a_box(picture, tmp_path):
+    var = varkern.load(save_tiny(tmp_path / "tiny"))
+    with pytest.raises(ValueError, match="leaves nothing to generate outside of it"):
+        varkern.edit.outpaint(var, picture, box=(0.0, 0.0, 1.0, 1.0))
+
+
 def test_a_photograph_that_is_cut_is_said(tmp_path, monkeypatch, capsys):
     model = save_tiny(tmp_path / "tiny")
     monkeypatch.chdir(tmp_path)

@@ -1,12 +1,19 @@
 """Runs of ``varkern sample``: seeds of their images, what they keep when they stop, and where they go on."""
 
 import json
+import os
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tiny_model import save_tiny
 
+import varkern
 from varkern import cli, images, sampling
 
 
@@ -29,6 +36,45 @@ def test_seeds_of_neighbouring_runs_share_nothing():
     seeds = [sampling.image_seed(seed, i) for seed in (0, 1, 2, 2**32, 2**63) for i in range(200)]
     assert len(set(seeds)) == len(seeds)
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_no_two_images_draw_the_same_noise():
+    """torch's generator on the CPU sees the low 32 bits of a seed."""
+    a, b = (torch.Generator().manual_seed(seed) for seed in (5, 5 + (7 << 32)))
+    assert torch.equal(torch.rand(4, generator=a), torch.rand(4, generator=b))
+    low = [{sampling.image_seed(seed, i) % 2**32 for i in range(10_000)} for seed in (0, 1, 2, 7, 1000, 2**32, 2**63)]
+    assert all(len(run) == 10_000 for run in low)
+    assert len(set().union(*low)) == 70_000
+    # Of all pairs of runs of 50,000 whose seeds differ by up to 10,000, from the distance of their beginnings.
+    distances = [min(d, 2**32 - d) for d in (n * sampling._GOLDEN % 2**32 for n in range(1, 10_001))]
+    assert min(distances) >= 50_000
+
+
+def test_streams_that_are_closed_or_know_ascii_only(tmp_path):
+    model = save_tiny(tmp_path / "tiny")
+    command = [sys.executable, "-m", "varkern", "sample", "--checkpoint", str(model), "--num", "1", "--seed", "0"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    name = str(tmp_path / "\u00e9")
+    done = subprocess.run([*command, "--out", name], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert r"\xe9" in done.stdout
+    closed = " ".join(map(shlex.quote, [*command, "--out", str(tmp_path / "closed")])) + " >&-"
+    assert subprocess.run(["sh", "-c", closed], capture_output=True).returncode == 0
+    assert len(list((tmp_path / "closed").glob("*.png"))) == 1
+
+
+def test_the_reference_makes_one_image_at_a_time(run):
+    with varkern.use_backend("reference"):
+        assert run("--num", 3, "--seed", 4, "--out", "reference") == 0
+    assert run("--num", 3, "--seed", 4, "--out", "engine") == 0
+    for a, b in zip(pixels("reference"), pixels("engine"), strict=True):
+        difference = np.frombuffer(a, np.uint8).astype(int) - np.frombuffer(b, np.uint8)
+        assert abs(difference).max() <= 1  # a level, where a rounding falls the other way
+
+
+def test_too_many_images_are_refused(run, capsys):
+    assert run("--num", 10**11) == 2
+    assert "a number of at most 10000000 is needed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("smooth", [[], ["--more-smooth"]])

@@ -70,10 +70,12 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message}; see `{self.prog} --help`")
 
 
-def _int(low: int, what: str) -> Callable[[str], int]:
+def _int(low: int, what: str, high: int | None = None) -> Callable[[str], int]:
     def parse(text: str) -> int:
         if not text.strip().removeprefix("-").isdecimal() or int(text) < low:
             raise argparse.ArgumentTypeError(f"{what} of at least {low} is needed, got {text!r}")
+        if high is not None and int(text) > high:
+            raise argparse.ArgumentTypeError(f"{what} of at most {high} is needed, got {text!r}")
         return int(text)
 
     return parse
@@ -105,7 +107,7 @@ def _model_options(parser: Parser) -> None:
 
 def _sampling_options(parser: Parser, num: str) -> None:
     group = parser.add_argument_group("sampling")
-    group.add_argument("--num", type=_int(1, "a number"), help=num)
+    group.add_argument("--num", type=_int(1, "a number", 10**7), help=num)
     group.add_argument(
         "--seed",
         type=_int(0, "a seed"),
@@ -284,8 +286,19 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _open_streams() -> None:
+    """Somewhere to print to where a stream is closed, and signs for what its encoding has not."""
+    for name in ("stdout", "stderr"):
+        stream: Any = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line, ``sys.argv`` by default; returns the exit status."""
+    _open_streams()
     try:
         options = build_parser().parse_args(argv)
         status: int = options.run(options) or 0

@@ -30,6 +30,7 @@ from varkern.engine.arguments import check_options
 from varkern.engine.options import Options
 from varkern.models import VAR, VQVAE, CheckpointWarning, load
 from varkern.models.find import load_tokenizer, locate
+from varkern.ops import reference_forced
 
 __all__ = ["bench", "edit_image", "evaluate", "info", "reconstruct", "sample", "train", "train_tokenizer"]
 
@@ -170,7 +171,7 @@ def sample(options: argparse.Namespace) -> None:
 
     def make(indices: list[int], seeds: list[int]) -> Tensor:
         part = torch.tensor([labels[i] for i in indices], dtype=torch.int64, device=device)
-        if not options.more_smooth:
+        if not (options.more_smooth or reference_forced()):  # whose order of operations has one seed a batch
             return generate(var, len(part), part, seeds, **_sampling(options)).images
         # The reference, which draws soft tokens, takes one seed a call.
         alone = zip(part.split(1), seeds, strict=True)
@@ -269,7 +270,7 @@ def edit_image(options: argparse.Namespace) -> None:
 
     def make(indices: list[int], seeds: list[int]) -> Tensor:
         part = torch.tensor([labels[i] for i in indices], dtype=torch.int64, device=device)
-        if not options.more_smooth:
+        if not (options.more_smooth or reference_forced()):  # whose order of operations has one seed a batch
             return edited(part, seeds)
         return torch.cat([edited(label, seed) for label, seed in zip(part.split(1), seeds, strict=True)])
 

@@ -67,6 +67,8 @@ def regions_of(var: VAR, box: Box | None, mask: Tensor | None, outside: bool = F
     if box is not None:
         device = var.lvl_1L.device
         cells, exact = box_mask(side, box).to(device), box_mask(pixels, box).to(device)
+        if outside and bool(cells.all()):
+            raise ValueError(f"box {box} leaves nothing to generate outside of it; make it smaller")
         return (1 - cells, 1 - exact) if outside else (cells, exact)
     if not isinstance(mask, Tensor) or mask.layout is not torch.strided or mask.is_complex() or mask.is_meta:
         raise TypeError(f"mask must be a dense tensor of numbers, got {described(mask)}")

@@ -20,11 +20,23 @@ __all__ = ["LARGEST_GRID", "MANIFEST", "image_seed", "run"]
 
 LARGEST_GRID = 1024  # images of one .png, which is kept in memory
 MANIFEST = "varkern-runs.json"
+_GOLDEN = 0x9E3779B1  # 2**32 divided by the golden ratio: its multiples are as far apart as can be
 
 
 def image_seed(seed: int, index: int) -> int:
-    """The seed in [0, 2**63) of image ``index`` of a run: a mix of both numbers alone, by numpy's SeedSequence."""
-    return int(np.random.SeedSequence(seed, spawn_key=(index,)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    """The seed in [0, 2**63) of image ``index`` of a run, a function of both numbers alone.
+
+    Of a seed, torch's generator on the CPU reads the low 32 bits only: hashed, two of 50,000 images would meet there
+    one time in four. So they count upwards within a run, and runs of neighbouring seeds begin far from each other.
+    """
+    low = (_folded(seed) * _GOLDEN + index) % 2**32
+    high = int(np.random.SeedSequence(seed, spawn_key=(index,)).generate_state(1, np.uint32)[0]) >> 1
+    return high << 32 | low
+
+
+def _folded(seed: int) -> int:
+    """Of 32 bits: a smaller seed itself, and a mix of a larger one."""
+    return seed if seed < 2**32 else int(np.random.SeedSequence(seed).generate_state(1, np.uint32)[0])
 
 
 def run(

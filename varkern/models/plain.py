@@ -36,8 +36,7 @@ class _Made:
         below = kind.__mro__[: kind.__mro__.index(nn.Module)]
         found = {name: value for base in reversed(below) for name, value in vars(base).items()}
         # What an instance may not have of its own: it would shadow a method.
-        self.methods = {name: value for name, value in found.items() if callable(value) or isinstance(value, property)}
-        self.names = frozenset(self.methods)
+        self.names = frozenset(k for k, value in found.items() if callable(value) or isinstance(value, property))
         self.forward = kind.forward
 
 
