@@ -5,7 +5,7 @@ that asks for "at most twice the error of plain float32" computes the other side
 
 - products of matrices and convolutions: a product and a sum at a time, in the order of the summed axis;
 - other sums: runs of 64 numbers in order, and the sums of the runs by halves;
-- exp, log, rsqrt, sigmoid and the like, and interpolation: in float64, rounded once;
+- exp, log, rsqrt, sigmoid and the like, running sums, and interpolation: in float64, rounded once;
 - attention: scores and softmax in float32, the probabilities rounded to the dtype before the second product;
 - in 16 bits: each of these from float32, its result rounded once.
 
@@ -52,7 +52,7 @@ def total(x: Tensor, dims: Sequence[int] | None = None, keepdim: bool = False) -
 def product(a: Tensor, b: Tensor) -> Tensor:
     """(..., M, K) by (..., K, N) in float32, in the order of k."""
     a, b = a.float(), b.float()
-    out = torch.zeros(*a.shape[:-1], b.shape[-1])
+    out = torch.zeros(*torch.broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1])
     for k in range(a.shape[-1]):
         out.add_(a[..., k, None] * b[..., k, None, :])
     return out
@@ -73,7 +73,7 @@ def _columns(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence
     return F.unfold(x.double(), weight.shape[2:], padding=padding, stride=stride).float()  # moves, no sums
 
 
-def convolution(x, weight, bias, stride, padding, dilation, transposed, output_padding, groups) -> Tensor:  # noqa: ANN001
+def convolution(x, weight, bias, stride, padding, dilation, transposed, output_padding, groups) -> Tensor:
     assert not transposed
     assert groups == 1
     assert set(dilation) == {1}
@@ -82,7 +82,7 @@ def convolution(x, weight, bias, stride, padding, dilation, transposed, output_p
     return (out if bias is None else out + bias.float().view(-1, 1, 1)).to(x.dtype)
 
 
-def convolution_backward(grad, x, weight, bias_sizes, stride, padding, *rest) -> tuple[Tensor | None, ...]:  # noqa: ANN001
+def convolution_backward(grad, x, weight, bias_sizes, stride, padding, *rest) -> tuple[Tensor | None, ...]:
     assert set(stride) == {1}
     dilation, transposed, output_padding, groups, mask = rest
     back = [k - 1 - p for k, p in zip(weight.shape[2:], padding, strict=True)]
@@ -126,19 +126,23 @@ def layer_norm(x: Tensor, shape: Sequence[int], weight: None, bias: None, eps: f
     return ((x.float() - centre) * rstd).to(x.dtype), centre, rstd
 
 
-def layer_norm_backward(grad, x, shape, centre, rstd, weight, bias, mask) -> tuple[Tensor, None, None]:  # noqa: ANN001
+def layer_norm_backward(grad, x, shape, centre, rstd, weight, bias, mask) -> tuple[Tensor, None, None]:
     normed, g = (x.float() - centre) * rstd, grad.float()
     grad_x = rstd * (g - mean(g, (-1,), True) - normed * mean(g * normed, (-1,), True))
     return grad_x.to(x.dtype), None, None
 
 
-def group_norm(x, weight, bias, N, C, HxW, groups, eps) -> tuple[Tensor, ...]:  # noqa: ANN001
+def group_norm(x, weight, bias, N, C, HxW, groups, eps) -> tuple[Tensor, ...]:
     cut = x.float().reshape(N, groups, -1)
     variance, centre = moments(cut, (-1,))
     rstd = reciprocal_root(variance, eps)
     out = ((cut - centre) * rstd).view(N, C, -1)
     out = out if weight is None else out * weight.float().view(-1, 1) + bias.float().view(-1, 1)
-    out = out.view(x.shape).to(x.dtype).contiguous(memory_format=torch.channels_last if _is_last(x) else torch.contiguous_format)
+    out = (
+        out.view(x.shape)
+        .to(x.dtype)
+        .contiguous(memory_format=torch.channels_last if _is_last(x) else torch.contiguous_format)
+    )
     return out, centre.view(N, groups), rstd.view(N, groups)
 
 
@@ -204,6 +208,7 @@ ROUNDED_ONCE = {
     *("exp", "exp_", "log", "log_", "rsqrt", "sigmoid", "sigmoid_backward", "silu", "silu_", "silu_backward", "gelu"),
     *("gelu_backward", "tanh", "tanh_backward", "pow", "upsample_bicubic2d", "upsample_bicubic2d_backward"),
     *("_adaptive_avg_pool2d", "_adaptive_avg_pool2d_backward", "embedding_dense_backward", "mse_loss_backward"),
+    *("cumsum", "cumsum_"),
 }
 # What IEEE 754 rounds correctly, so that it has the same bits everywhere; but see _fuses.
 CORRECTLY_ROUNDED = {"add", "add_", "sub", "sub_", "rsub", "mul", "mul_", "div", "div_", "sqrt", "reciprocal"}
@@ -216,6 +221,7 @@ MOVES = {
     *("arange", "scalar_tensor", "constant_pad_nd", "_unsafe_view", "embedding", "argmin", "argmax", "amax", "amin"),
     *("max", "min", "any", "all", "topk", "sort", "gather", "scatter", "select_backward", "slice_backward", "repeat"),
     *("upsample_nearest2d", "_local_scalar_dense", "new_empty_strided", "lift_fresh", "detach", "detach_"),
+    *("as_strided_", "squeeze_", "unsqueeze_", "exponential_"),
 }
 
 
@@ -225,7 +231,7 @@ def _fuses(name: str, kwargs: dict[str, Any]) -> bool:
 
 
 class _Sums(TorchDispatchMode):
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         floats = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.is_floating_point()]
         if not floats or any(x.dtype == torch.float64 for x in floats):
@@ -243,13 +249,13 @@ class _Sums(TorchDispatchMode):
 
 
 class _Attention(TorchFunctionMode):
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # noqa: ANN001
+    def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is F.scaled_dot_product_attention and args[0].dtype != torch.float64:
             return attention(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
-def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None) -> Tensor:  # noqa: ANN001
+def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None) -> Tensor:
     assert dropout_p == 0
     assert not is_causal
     scores = q.float() @ k.float().mT * (q.shape[-1] ** -0.5 if scale is None else scale)
@@ -286,7 +292,8 @@ def assert_as_accurate(
 ) -> None:
     """At most twice the error of plain arithmetic, one rounding of the largest result and one of a float32 term.
 
-    Of the reference, which is this machine's own library, the formula is tested: 16 times.
+    The reference is this machine's own library: of it the formula is tested, which a wrong term misses by far more
+    than 16 times.
     """
     assert got.dtype == plainly.dtype, name
     assert got.shape == plainly.shape == exact.shape, name

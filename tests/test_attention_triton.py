@@ -1,4 +1,4 @@
-"""The Triton kernels of block-causal attention against plain float32 and float64: interpreted without a GPU, compiled on one."""
+"""The Triton kernels of block-causal attention against float64: interpreted without a GPU, compiled on one."""
 
 from __future__ import annotations
 

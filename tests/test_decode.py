@@ -93,7 +93,6 @@ def compute(case: Case, device: torch.device | str) -> list[list[Tensor]]:
     settings, results = (case.position, case.softmax_scale), []
     end = case.position + case.n
 
-
     def plainly(*arguments: Any) -> Tensor:
         out, new = plain(lambda *args: (cached_attention_reference(*args), args[1]), *arguments)
         arguments[1].copy_(new)
