@@ -45,14 +45,17 @@ class Golden:
     def token_maps(self, name: str = "token_indices") -> list[Tensor]:
         return list(self[name].split([p * p for p in self.config["patch_nums"]], dim=1))
 
-    def same_codes(self, tokens: list[Tensor]) -> Tensor:
-        """Which images (B,) have the tokens of the file; the others differ from them first in a tie."""
-        want, quantizer = self.token_maps(), self.vae.quantize
+    def same_codes(self, tokens: list[Tensor], features: Tensor | None = None) -> Tensor:
+        """Which images (B,) have the tokens of the file; the others differ from them first in a tie.
+
+        features: what the tokens were chosen for, if not the file's.
+        """
+        want, quantizer, given = self.token_maps(), self.vae.quantize, self["encoder_features"]
         with torch.no_grad():
             f_hats = quantizer.embed_to_fhat(quantizer.embeddings(want))
+        off = 0.0 if features is None else float((features - given).abs().max())
         sizes, codebook = [(p, p) for p in self.config["patch_nums"]], quantizer.embedding.weight.detach()
-        features, cosine = self["encoder_features"], self.config["using_znorm"]
-        return assert_same_codes(features, codebook, sizes, tokens, want, f_hats, cosine)
+        return assert_same_codes(given, codebook, sizes, tokens, want, f_hats, self.config["using_znorm"], off)
 
     @property
     def sampling(self) -> dict[str, Any]:

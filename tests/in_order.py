@@ -77,7 +77,9 @@ def convolution(x, weight, bias, stride, padding, dilation, transposed, output_p
     assert not transposed
     assert groups == 1
     assert set(dilation) == {1}
-    height, width = ((n + 2 * p - k) // s + 1 for n, p, k, s in zip(x.shape[2:], padding, weight.shape[2:], stride))
+    height, width = (
+        (n + 2 * p - k) // s + 1 for n, p, k, s in zip(x.shape[2:], padding, weight.shape[2:], stride, strict=True)
+    )
     out = product(weight.flatten(1), _columns(x, weight, stride, padding)).unflatten(-1, (height, width))
     return (out if bias is None else out + bias.float().view(-1, 1, 1)).to(x.dtype)
 

@@ -8,13 +8,13 @@ import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from in_order import assert_as_accurate, plain
+from attention_bounds import assert_all_as_accurate, beside_plain, value_and_gradients
+from in_order import plain
 from torch import Tensor
 
 from varkern.ops import (
@@ -84,42 +84,6 @@ NARROW = {
 }
 
 
-def value_and_gradients(function: Callable[..., Tensor], inputs: list[Tensor | None], grad: Tensor) -> list[Tensor]:
-    leaves = [None if tensor is None else tensor.detach().requires_grad_() for tensor in inputs]
-    out = function(*leaves)
-    present = [leaf for leaf in leaves if leaf is not None]
-    return [out.detach(), *torch.autograd.grad(out, present, grad.to(out.dtype))]
-
-
-NAMES = ("value", "gradient of qkv", "gradient of q_bias", "gradient of v_bias", "gradient of log_scale")
-
-
-def assert_all_as_accurate(
-    got: list[Tensor], plainly: list[Tensor], exact: list[Tensor], beside: list[float] | None = None
-) -> None:
-    for name, a, b, c, more in zip(NAMES, got, plainly, exact, beside or [0.0] * 5, strict=False):
-        assert_as_accurate(name, a, b, c, more / torch.finfo(torch.float32).eps)
-
-
-def beside_plain(
-    heads: Callable[..., tuple[Tensor, Tensor]], doubles: list[Tensor], terms: Tensor, eps: float, case: Case
-) -> list[float]:
-    """What flash attention's backward pass rounds that plain attention does not, in value (0) and gradients.
-
-    Its delta_i = grad_out_i . out_i stands for the sum over j of P_ij dP_ij. What it is off by, independent roundings
-    of the elements of out and those of a float32 sum of ``terms`` (B, H, L, D), is multiplied by P_i in the gradient
-    of the scores; P_i is the gradient of lse_i, so that it shows in the results as if it were the gradient of lse_i.
-    heads: (q, k) of the doubles, (B, H, L, D).
-    """
-    leaves = [None if tensor is None else tensor.detach().requires_grad_() for tensor in doubles]
-    q, k = heads(*leaves)
-    lse = (q @ k.mT * case.softmax_scale + block_causal_mask(case.lengths, q.dtype, q.device)).logsumexp(-1)
-    off = eps * terms.norm(dim=-1) + torch.finfo(torch.float32).eps * terms.abs().sum(-1)
-    present = [leaf for leaf in leaves if leaf is not None]
-    grads = torch.autograd.grad(lse, present, off.to(lse.dtype), allow_unused=True)
-    return [0.0, *(0.0 if grad is None else float(grad.abs().max()) for grad in grads)]
-
-
 def compute(case: Case, device: torch.device | str) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[float]]:
     """Value and gradients of one draw: the op's, plain float32's, those in float64; what is granted beside."""
     inputs = case.make(device)
@@ -140,7 +104,8 @@ def compute(case: Case, device: torch.device | str) -> tuple[list[Tensor], list[
         return (q, k) if log_scale is None else normalize_qk_reference(q, k, log_scale.view(case.H, 1, 1))
 
     terms = (grad.double() * exact[0]).transpose(1, 2)
-    beside = beside_plain(heads, doubles, terms, torch.finfo(case.dtype).eps, case)
+    mask = block_causal_mask(case.lengths, torch.float64, grad.device)
+    beside = beside_plain(heads, doubles, terms, torch.finfo(case.dtype).eps, mask, case.softmax_scale)
     assert got[0].is_contiguous()
     with torch.no_grad():
         assert torch.equal(block_causal_attention_qkv(*inputs, *settings), got[0])
@@ -253,8 +218,8 @@ def test_layouts_and_strides_without_copies(device: torch.device, layout: str) -
     order = (lambda q, k, v: (q.transpose(1, 2), k.transpose(1, 2))) if layout == "BLHD" else (lambda q, k, v: (q, k))
     terms = grad.double() * exact[0]
     terms = terms.transpose(1, 2) if layout == "BLHD" else terms
-    case = Case(lengths, softmax_scale=32**-0.5)
-    beside = beside_plain(order, doubles, terms, torch.finfo(torch.float32).eps, case)
+    mask = block_causal_mask(lengths, torch.float64, device)
+    beside = beside_plain(order, doubles, terms, torch.finfo(torch.float32).eps, mask, 32**-0.5)
     assert_all_as_accurate(got, plain(value_and_gradients, reference, inputs, grad), exact, beside)
     assert got[0].is_contiguous()
 

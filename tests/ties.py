@@ -31,11 +31,13 @@ def assert_same_codes(
     want: Sequence[Tensor],
     f_hats: Sequence[Tensor],
     cosine: bool = False,
+    features_off: float = 0.0,
 ) -> Tensor:
     """Indices (B, n_k) of each scale; which images have the same ones, (B,): the others differ first in a tie.
 
     The distances are taken in float64 from the residual of ``want``, whose f_hats are given. What float32 may be off:
-    sums of Cv terms in any order, twice with lengths that are sums, and the residual by the tolerance of f_hats.
+    sums of Cv terms in any order, twice with lengths that are sums, and the residual by the tolerance of f_hats and by
+    what ``got``'s features are off.
     """
     same = torch.ones(want[0].size(0), dtype=torch.bool)
     for k, size in enumerate(sizes):
@@ -43,7 +45,7 @@ def assert_same_codes(
         for b in fresh.nonzero().flatten().tolist():
             rest = features[b : b + 1].double() - (f_hats[k - 1][b : b + 1].double() if k else 0)
             z = F.interpolate(rest, size=size, mode="area")[0].flatten(1).T
-            codes, off = codebook.double(), TOLERANCE * codebook.size(1) ** 0.5 * (k > 0)
+            codes, off = codebook.double(), (TOLERANCE * (k > 0) + features_off) * codebook.size(1) ** 0.5
             if cosine:
                 off, z, codes = off / z.norm(dim=1), F.normalize(z), F.normalize(codes)
             a, c = (codes[idx[b]] for idx in (got[k], want[k]))
