@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import varkern
-from varkern.models.blocks import AdaLNBeforeHead, AdaLNSelfAttn, SelfAttention
+from varkern.modules.blocks import AdaLNBeforeHead, AdaLNSelfAttn, SelfAttention
 
 LABELS = torch.tensor([1, 4])
 

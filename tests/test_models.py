@@ -11,8 +11,8 @@ from golden import load_golden
 from torch import nn
 
 import varkern
-from varkern.models.blocks import SelfAttention
-from varkern.models.schedule import PATCH_NUMS_256, PATCH_NUMS_512, as_sizes, phi_index
+from varkern.modules.blocks import SelfAttention
+from varkern.modules.schedule import PATCH_NUMS_256, PATCH_NUMS_512, as_sizes, phi_index
 
 SCHEDULE = (1, 2, 3, 4)
 

@@ -25,8 +25,8 @@ from varkern.engine.cached import Noise, cached_scales
 from varkern.engine.noise import BatchNoise, ImageNoise
 from varkern.engine.options import Generation, Keep, Options, ScaleStep
 from varkern.engine.reference import reference_scales
-from varkern.models.plain import compute_dtype
-from varkern.models.var import VAR
+from varkern.modules.plain import compute_dtype
+from varkern.modules.transformer import Transformer
 from varkern.ops import current_backend, use_backend
 
 
@@ -40,7 +40,7 @@ class ScaleImages:
 
 
 def generate(
-    var: VAR,
+    var: Transformer,
     batch: int,
     labels: int | Sequence[int] | Tensor | None,
     seed: int | Sequence[int] | None = None,
@@ -107,18 +107,18 @@ def generate(
             return var.run_gathered(functools.partial(request.in_parts_that_fit, label_B, max_batch))
 
 
-def _computed(options: Options, var: VAR, label_B: Tensor, noise: Noise) -> Generation:
+def _computed(options: Options, var: Transformer, label_B: Tensor, noise: Noise) -> Generation:
     """A batch, whole. What a CUDA graph holds."""
     steps = list(cached_scales(var, label_B, noise, options))
     return Generation(_images(var, steps[-1].f_hat), [step.tokens for step in steps])
 
 
-def _images(var: VAR, f_hat: Tensor) -> Tensor:
+def _images(var: Transformer, f_hat: Tensor) -> Tensor:
     return var.vae_proxy[0].fhat_to_img(f_hat).add_(1).mul_(0.5)
 
 
 def generate_scales(
-    var: VAR,
+    var: Transformer,
     batch: int,
     labels: int | Sequence[int] | Tensor | None,
     seed: int | Sequence[int] | None = None,
@@ -142,7 +142,7 @@ def generate_scales(
 class _Request:
     """A checked call of `generate`."""
 
-    var: VAR
+    var: Transformer
     batch: int
     labels: Tensor | None
     noise: BatchNoise | ImageNoise
@@ -152,7 +152,7 @@ class _Request:
     @classmethod
     def checked(
         cls,
-        var: VAR,
+        var: Transformer,
         batch: int,
         labels: int | Sequence[int] | Tensor | None,
         seed: int | Sequence[int] | None,

@@ -31,7 +31,7 @@ from varkern.engine.noise import BatchNoise, ImageNoise
 from varkern.engine.options import Generation, Options
 from varkern.engine.recorder import CudaRecorder, Recorder, Recording, Run
 from varkern.engine.watch import Watch
-from varkern.models.var import VAR
+from varkern.modules.transformer import Transformer
 
 MAX_GRAPHS = 4  # kept on a device
 AUTOMATIC_BATCH = 32  # a larger batch is not captured unasked: its kernels are long, and its memory is large
@@ -41,7 +41,7 @@ RECORDERS: dict[str, Callable[[torch.device], Recorder]] = {"cuda": CudaRecorder
 
 Key = tuple[Any, ...]  # begins with the id of the model
 Noise = BatchNoise | ImageNoise
-Compute = Callable[[VAR, Tensor, Noise], Generation]
+Compute = Callable[[Transformer, Tensor, Noise], Generation]
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Request:
     """A generation that may become a graph. compute: the model, labels (B,) and noise -> images and tokens; it must not
     read anything else that varies, but what ``options`` and ``backend`` say."""
 
-    var: VAR
+    var: Transformer
     batch: int
     noise: Noise
     options: Options
@@ -79,7 +79,7 @@ class Request:
         return None
 
 
-def clear_graphs(var: VAR | None = None) -> None:
+def clear_graphs(var: Transformer | None = None) -> None:
     """Free the CUDA graphs of a model, or of all models, and their memory once no graph is left on the device.
 
     Waits for replays that are under way. The next generations run without a graph, or capture again, as if they were
@@ -236,7 +236,7 @@ class DeviceGraphs:
         )
         return result
 
-    def _mourn(self, var: VAR) -> None:
+    def _mourn(self, var: Transformer) -> None:
         if id(var) not in self.models:
             self.models.add(id(var))
             weakref.finalize(var, self._died, id(var)).atexit = False

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from varkern.engine.arguments import draw_labels
-from varkern.models.var import VAR
+from varkern.modules.transformer import Transformer
 from varkern.ops.sampling import draw_noise
 
 
@@ -30,7 +30,7 @@ class BatchNoise:
         """The same noise from generators in the state of these."""
         return BatchNoise(self.batch, self.device, generators[0])
 
-    def labels(self, var: VAR) -> Tensor:
+    def labels(self, var: Transformer) -> Tensor:
         """Classes (B,), drawn uniformly."""
         return draw_labels(var, self.batch, self.generator)
 
@@ -72,7 +72,7 @@ class ImageNoise:
         noise.generators = list(generators)
         return noise
 
-    def labels(self, var: VAR) -> Tensor:
+    def labels(self, var: Transformer) -> Tensor:
         return torch.cat([draw_labels(var, 1, generator) for generator in self.generators])
 
     def noise(self, n: int, V: int) -> Tensor:

@@ -29,10 +29,10 @@ from varkern.models.files import (
     read_file,
     read_json,
 )
-from varkern.models.schedule import PATCH_NUMS_256, PATCH_NUMS_512
 from varkern.models.unwrap import models_in
 from varkern.models.var import VAR
 from varkern.models.vqvae import VQVAE
+from varkern.modules.schedule import PATCH_NUMS_256, PATCH_NUMS_512
 
 __all__ = ["Tokenizer", "find_model", "is_tokenizer", "load_tokenizer", "locate", "metadata_of"]
 
