@@ -15,12 +15,13 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from varkern.engine.noise import NoiseSource
 from varkern.engine.options import Options, ScaleStep
 from varkern.modules.blocks import AdaLNSelfAttn, DropPath, KVCache
 from varkern.modules.plain import compute_dtype, is_plain, is_plain_norm
@@ -28,11 +29,6 @@ from varkern.modules.transformer import Transformer
 from varkern.ops import sampling as ops
 from varkern.ops.gated_norm import gated_residual_layer_norm_
 from varkern.ops.norm import modulated_layer_norm
-
-
-class Noise(Protocol):
-    def noise(self, n: int, V: int) -> Tensor:
-        """Exponential noise (B * n, V) float32 for n tokens an image."""
 
 
 def may_fuse(block: nn.Module) -> bool:
@@ -168,7 +164,7 @@ def _lookup(codebook: Tensor, tokens: Tensor) -> Tensor:
     return F.embedding(tokens, codebook)
 
 
-def cached_scales(var: Transformer, label_B: Tensor, noise: Noise, options: Options) -> Iterator[ScaleStep]:
+def cached_scales(var: Transformer, label_B: Tensor, noise: NoiseSource, options: Options) -> Iterator[ScaleStep]:
     """The scales of a batch, each drawn with noise in the published order."""
     B, quantize, last = label_B.shape[0], var.vae_quant_proxy[0], var.num_stages_minus_1
     # Without guidance the unconditional half changes nothing, unless somebody's code sees it.

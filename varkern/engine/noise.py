@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -10,6 +11,13 @@ from torch import Tensor
 from varkern.engine.arguments import draw_labels
 from varkern.modules.transformer import Transformer
 from varkern.ops.sampling import draw_noise
+
+
+class NoiseSource(Protocol):
+    """What tokens are drawn with."""
+
+    def noise(self, n: int, V: int) -> Tensor:
+        """Exponential noise (B * n, V) float32 for n tokens an image."""
 
 
 class BatchNoise:
@@ -86,6 +94,10 @@ class ImageNoise:
 
     def finish(self) -> None:
         """Nobody draws after the images: there is nothing to go on with."""
+
+
+# Of a whole generation: a graph may draw by generators of its own in place of these.
+ReplayableNoise = BatchNoise | ImageNoise
 
 
 def _default(device: torch.device, generator: torch.Generator | None) -> torch.Generator:
