@@ -53,7 +53,7 @@ EXAMPLES = {
   varkern bench                                    everything, within ten minutes, into benchmarks/results/
   varkern bench --only attention,norm              some of it; other rows of the recorded run stay
   varkern bench --smoke                            does every benchmark run? nothing is recorded
-  varkern bench --markdown README.md docs/performance.md   and renew the tables there""",
+  varkern bench --markdown README.md docs/performance.md docs/engine.md docs/ops/*.md    and renew the tables there""",
     "info": """
   varkern info
   varkern info --json""",
@@ -220,7 +220,8 @@ def _bench_options(parser: Parser) -> None:
         nargs="+",
         default=[],
         metavar="FILE",
-        help="renew the tables between the comments 'benchmarks: begin' and 'end', or 'benchmarks-summary: ...'",
+        help="renew the tables of these pages, between the comments 'benchmarks: begin' and 'benchmarks: end', "
+        "'benchmarks-summary: ...', or for every case of bench_norm.py 'benchmarks-norm: ...'",
     )
 
 
