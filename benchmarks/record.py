@@ -251,20 +251,19 @@ def _not_faster(rows: Iterable[Row]) -> list[str]:
     return lines
 
 
-# What users run, and what has pictures of its own.
+# What users run: shown case by case. What has tables and pictures of its own: not among the groups.
 END_TO_END = ("bench_generate.py", "bench_tokenizer.py", "bench_training.py")
-SCALING = ("bench_scaling.py",)
+ELSEWHERE = ("bench_scaling.py",)
 
 
 def summary(result: Result) -> str:
     """A line for each case of what users run, and one for each group of an op: how many cases, from what to what."""
-    return "\n".join([*_summary(result, END_TO_END, SCALING), "", _losses(ours(result))])
+    return "\n".join([*_summary(result), "", _losses(ours(result))])
 
 
 def overview(result: Result) -> str:
-    """The summary, with the growth of cost and the peaks of memory."""
-    lines, groups = _summary(result, END_TO_END + SCALING, ()), comparisons(result)
-    return "\n".join([*lines, *_memory(groups), "", _losses(ours(result))])
+    """The summary, with the peaks of memory."""
+    return "\n".join([*_summary(result), *_memory(comparisons(result)), "", _losses(ours(result))])
 
 
 def cases(result: Result, file: str) -> str:
@@ -286,15 +285,14 @@ def cases(result: Result, file: str) -> str:
     return "\n".join([*lines, "", _losses(rows)] if rows else lines)
 
 
-def _summary(result: Result, apart: tuple[str, ...], elsewhere: tuple[str, ...]) -> list[str]:
-    """The rows of the files ``apart`` one by one, those of ``elsewhere`` not at all, the others a group at a time."""
+def _summary(result: Result) -> list[str]:
     groups, chosen = comparisons(result), ours(result)
     lines = [_provenance(result), "", "| | baseline | varkern | speed-up | commit |", "|---|---|---|---|---|"]
     for row in chosen:
-        if row["file"] in apart:
+        if row["file"] in END_TO_END:
             name = f"{row['group']}: {row['name']}"
             lines.append(f"| {name} | {_times(row, groups)} | {_speedup(row)} | {row['commit']} |")
-    for group in dict.fromkeys(row["group"] for row in chosen if row["file"] not in apart + elsewhere):
+    for group in dict.fromkeys(row["group"] for row in chosen if row["file"] not in END_TO_END + ELSEWHERE):
         rows = [row for row in chosen if row["group"] == group]
         low, high = min(row["speedup"] for row in rows), max(row["speedup"] for row in rows)
         span = f"{low:.2f}" if len(rows) == 1 else f"{low:.2f}–{high:.2f}"
