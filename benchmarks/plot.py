@@ -2,8 +2,8 @@
 
 Draws <device>-speedup.png, <device>-scaling.png and <device>-roofline.png into docs/images/benchmarks (--out FOLDER);
 --markdown README.md docs/performance.md docs/engine.md docs/ops/*.md also renews the tables of those pages, of this
-run and of those of other devices beside it, between the comments "benchmarks-norm: begin" and "benchmarks-norm: end" (every case of
-bench_norm.py), "benchmarks-summary: begin" and its end, or "benchmarks: begin" and its end.
+run and of those of other devices beside it, between the comments "benchmarks-norm: begin" and "benchmarks-norm: end"
+(every case of bench_norm.py), "benchmarks-summary: begin" and its end, or "benchmarks: begin" and its end.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -274,7 +274,11 @@ def cases(result: Result, file: str) -> str:
         return f"{_provenance(result)} {file} has not run there."
     lines = [_provenance(result)]
     if rows:
-        lines += ["", "| | case | baseline | varkern | speed-up | of the floor | commit |", "|---|---|---|---|---|---|---|"]
+        lines += [
+            "",
+            "| | case | baseline | varkern | speed-up | of the floor | commit |",
+            "|---|---|---|---|---|---|---|",
+        ]
     shown = None
     for row in rows:
         first, shown = (row["group"] if row["group"] != shown else ""), row["group"]

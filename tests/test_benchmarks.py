@@ -443,7 +443,9 @@ def test_tables_have_gains_losses_memory_floors_and_commits(tmp_path: Path) -> N
         {**row("peak x", provider, group=bars.MEMORY), **record.UNTIMED, "peak_bytes": peak << 20}
         for provider, peak in (("reference", 100), ("varkern", 60))
     ]
-    whole = [row("d16", provider, file="bench_generate.py", group="generation") for provider in ("reference", "varkern")]
+    whole = [
+        row("d16", provider, file="bench_generate.py", group="generation") for provider in ("reference", "varkern")
+    ]
     found = result(row(provider="reference"), row(), row("small", "reference"), slow, *memory, *whole)
     found["versions"] = {"torch": "2.11", "python": "3.12"}
     other = {**found, "device": "another GPU"}
@@ -475,7 +477,10 @@ def test_a_page_without_a_place_is_known_before_measuring(tmp_path: Path, monkey
     monkeypatch.setattr(suite, "collect", lambda *_: pytest.fail("measured"))
     for text, sentence in (
         ("nothing here", "has no place for a table"),
-        ("<!-- benchmarks: begin -->\n<!-- benchmarks-norm: end -->\n", "the place benchmarks ends with benchmarks-norm"),
+        (
+            "<!-- benchmarks: begin -->\n<!-- benchmarks-norm: end -->\n",
+            "the place benchmarks ends with benchmarks-norm",
+        ),
     ):
         page = tmp_path / "page.md"
         page.write_text(text)
