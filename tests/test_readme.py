@@ -108,6 +108,7 @@ def test_links_lead_somewhere(page):
 
 # What a path of the checkout begins with, and what a placeholder in it stands for.
 FOLDERS = ("varkern/", "kernels/", "csrc/", "tests/", "benchmarks/", "docs/")
+SOURCES = (".py", ".cpp", ".h", ".cu", ".cuh")
 PLACEHOLDER = re.compile(r"<[a-z]+>")
 
 
@@ -123,6 +124,13 @@ def test_paths_exist(page):
             assert found, f"{word} is nowhere"
             if function:
                 assert f"def {function}(" in found[0].read_text(encoding="utf-8"), word
+
+
+def test_pages_that_the_code_names_exist():
+    sources = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.suffix in SOURCES]
+    named = {page for path in sources for page in re.findall(r"docs/[a-z_/]+\.md", path.read_text(encoding="utf-8"))}
+    assert "docs/ops/conv.md" in named
+    assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
 
 
 def test_python_names_exist(page):
