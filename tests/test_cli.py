@@ -169,10 +169,10 @@ def test_reconstruct_pairs_originals_with_results(run, picture):
 
 def test_held_out_digits_are_real_balanced_and_of_the_held_out_part():
     pytest.importorskip("sklearn", reason="scikit-learn carries the digits")
-    from varkern.train.config import DataConfig
-    from varkern.train.data import load_split
+    from varkern.data.config import DataConfig
+    from varkern.data.datasets import held_out_digits, load_split
 
-    digits, labels = images.held_out_digits(25, 32, 1)
+    digits, labels = held_out_digits(25, 32, 1)
     assert labels == [*range(10), *range(10), *range(5)]
     train, held_out = load_split(DataConfig(data="digits", image_size=32, channels=1))
     held = torch.stack([held_out[i][0] for i in range(len(held_out))])

@@ -19,7 +19,7 @@ import varkern
 from varkern import cli
 from varkern.models import find, load_tokenizer
 from varkern.models.checkpoint import load_checkpoint, read_state, save_state
-from varkern.models.schedule import PATCH_NUMS_256
+from varkern.modules.schedule import PATCH_NUMS_256
 
 SCHEDULE = (1, 2, 3, 4)
 

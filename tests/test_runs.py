@@ -17,10 +17,10 @@ import torch
 from PIL import Image
 
 from varkern.cli import main
+from varkern.data.config import resolve_device
 from varkern.eval import EvaluateConfig, evaluate
 from varkern.models.checkpoint import read_state
 from varkern.train import TokenizerConfig, TransformerConfig, run, train_tokenizer, train_transformer
-from varkern.train.config import resolve_device
 from varkern.train.run import CHECKPOINT, METRICS, Run
 
 SMALL = {

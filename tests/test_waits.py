@@ -15,7 +15,7 @@ import varkern
 from varkern.engine.arguments import check_labels, draw_labels
 from varkern.engine.noise import BatchNoise
 from varkern.engine.options import Options
-from varkern.models.schedule import PATCH_NUMS_256
+from varkern.modules.schedule import PATCH_NUMS_256
 from varkern.ops import decode, quantize, sampling
 
 generate_module = sys.modules["varkern.engine.generate"]  # the name means the function

@@ -16,7 +16,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from varkern import __version__, commands
+from varkern import commands
+from varkern._version import __version__
 from varkern.edit import Box
 from varkern.models import CheckpointError
 

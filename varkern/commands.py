@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from varkern import edit, images, sampling
+from varkern.data.datasets import held_out_digits
 from varkern.engine import generate
 from varkern.engine.arguments import check_options
 from varkern.engine.options import Options
@@ -220,7 +221,7 @@ def reconstruct(options: argparse.Namespace) -> None:
         names = [path.name for path in options.images]
         originals = torch.stack([images.read_image(path, size, vae.in_channels) for path in options.images])
     else:
-        originals, digits = images.held_out_digits(options.num, size, vae.in_channels)
+        originals, digits = held_out_digits(options.num, size, vae.in_channels)
         names = [f"digit {digit}" for digit in digits]
     made = []
     with torch.no_grad():

@@ -12,13 +12,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from varkern.atomic import atomic_write
+from varkern.data.config import DataConfig, check, option, required, resolve_device
+from varkern.data.datasets import Part, batches, load_split, shortened
 from varkern.eval.digits import DigitMeasures
 from varkern.models import VAR, load, load_tokenizer
 from varkern.models.find import is_tokenizer
-from varkern.train.config import DataConfig, check, option, required, resolve_device
-from varkern.train.data import Part, batches, load_split, shortened
 from varkern.train.encode import encode_all
-from varkern.train.run import CLASSES, atomic_write
+from varkern.train.run import CLASSES
 from varkern.train.tokenizer import tokenizer_metrics
 from varkern.train.transformer import token_metrics_on
 

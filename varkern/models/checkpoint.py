@@ -5,15 +5,16 @@
 
 import os
 import re
-import tempfile
 import warnings
 from collections.abc import Iterable, Mapping
-from pathlib import Path
+from typing import BinaryIO
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from varkern.atomic import atomic_write
 from varkern.models.configuration import var_config, vqvae_config
 from varkern.models.files import (
     CHECKSUM,
@@ -78,19 +79,17 @@ def save_state(state: StateDict, path: str | os.PathLike[str], metadata: dict[st
 
     A checksum goes into the metadata, by which `read_state` knows a damaged file.
     """
-    path = Path(path)
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
     metadata = {"format": "pt", **(metadata or {})}
     metadata[CHECKSUM] = checksum(tensors, metadata)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    os.close(handle)
-    try:
-        save_file(tensors, temporary, metadata=metadata)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+
+    def write(file: BinaryIO) -> None:
+        try:
+            save_file(tensors, file.name, metadata=metadata)
+        except SafetensorError as error:  # what becomes of a full disk there
+            raise OSError(str(error)) from error
+
+    atomic_write(path, write)
 
 
 def load_checkpoint(

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from varkern.models.files import CheckpointError, CheckpointWarning
-from varkern.models.schedule import PATCH_NUMS_256, PATCH_NUMS_512, as_patch_nums, patch_nums_of_lengths
 from varkern.models.var import VAR
 from varkern.models.vqvae import VQVAE
+from varkern.modules.schedule import PATCH_NUMS_256, PATCH_NUMS_512, as_patch_nums, patch_nums_of_lengths
 
 StateDict = Mapping[str, Tensor]
 Config = Mapping[str, Any]

@@ -29,10 +29,10 @@ from varkern.models.files import (
     read_file,
     read_json,
 )
-from varkern.models.schedule import PATCH_NUMS_256, PATCH_NUMS_512
 from varkern.models.unwrap import models_in
 from varkern.models.var import VAR
 from varkern.models.vqvae import VQVAE
+from varkern.modules.schedule import PATCH_NUMS_256, PATCH_NUMS_512
 
 __all__ = ["Tokenizer", "find_model", "is_tokenizer", "load_tokenizer", "locate", "metadata_of"]
 
@@ -273,18 +273,18 @@ def _trained(contents: Contents, kind: str) -> dict[str, Any]:
 
 def _vae_settings(weights: Path, contents: Contents, state: StateDict, strict: bool) -> tuple[dict[str, Any], str]:
     """Constructor arguments told beside a tokenizer's weights, and where; with ``strict`` they must fit."""
-    beside = weights.parent / CONFIG
-    if beside.is_file():
+    config_file = weights.parent / CONFIG
+    if config_file.is_file():
         try:
-            kwargs = read_json(beside).get("vae_kwargs")
+            kwargs = read_json(config_file).get("vae_kwargs")
         except CheckpointError:
             if strict:
                 raise
             kwargs = None
         if strict and kwargs is not None and not isinstance(kwargs, dict):
-            raise CheckpointError(f"{beside} says vae_kwargs = {str(kwargs)[:60]}, not an object of settings")
+            raise CheckpointError(f"{config_file} says vae_kwargs = {str(kwargs)[:60]}, not an object of settings")
         if isinstance(kwargs, dict) and (strict or fits(state, kwargs)):
-            return kwargs, str(beside)
+            return kwargs, str(config_file)
     kwargs = _told(contents).get("vae_kwargs")
     if isinstance(kwargs, dict):
         return kwargs, str(weights)
@@ -297,9 +297,9 @@ def _vae_settings(weights: Path, contents: Contents, state: StateDict, strict: b
 
 def _var_settings(weights: Path, contents: Contents, state: StateDict, strict: bool) -> tuple[dict[str, Any], str]:
     """The same of a transformer's weights."""
-    beside = weights.parent / CONFIG
-    if beside.is_file() and (strict or weights.name == WEIGHTS):
-        return read_json(beside), str(beside)
+    config_file = weights.parent / CONFIG
+    if config_file.is_file() and (strict or weights.name == WEIGHTS):
+        return read_json(config_file), str(config_file)
     told = _told(contents)
     settings = _trained(contents, "TransformerConfig")
     if "heads" in settings:

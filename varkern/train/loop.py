@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from varkern.train.config import PRECISIONS, LoopConfig, check, resolve_device
-from varkern.train.data import Labelled, batches, epoch_order
+from varkern.data.config import check, resolve_device
+from varkern.data.datasets import Labelled, batches, epoch_order
+from varkern.train.config import PRECISIONS, LoopConfig
 from varkern.train.run import Run, Stopped, random_state, restore_random_state
 from varkern.train.schedule import lr_factor, parameter_groups, peak_lr, weight_decay_at
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 
+from varkern.data.config import check, resolve_device
+from varkern.data.datasets import Part, batches, load_split
 from varkern.models import VAR, VARHF, VQVAE
 from varkern.models.checkpoint import load_checkpoint
-from varkern.train.config import TransformerConfig, check, resolve_device
-from varkern.train.data import Part, batches, load_split
+from varkern.train.config import TransformerConfig
 from varkern.train.encode import Encoded, draw_tokens, encode_all, features_of, teacher_forcing_input, tokens_of
 from varkern.train.loop import Loop
 from varkern.train.losses import token_loss, token_metrics
