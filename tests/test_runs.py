@@ -294,7 +294,7 @@ def test_a_device_that_is_not_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="torch finds no CUDA device; use 'cpu'"):
         resolve_device("cuda")
-    with pytest.raises(ValueError, match="no device of torch"):
+    with pytest.raises(ValueError, match="not a device of torch"):
         resolve_device("gpu")
 
 

@@ -87,7 +87,7 @@ class TestNothingWaits:
                 torch.autograd.grad(out.sum(), [leaves[i] for i in case.differentiable], allow_unused=True)
 
     def test_launches_of_an_image(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """What docs/performance.md counts; an op that is computed by several kernels is one."""
+        """What docs/engine.md counts; an op that is computed by several kernels is one."""
         monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
         with torch.device("meta"):
             vae, var = varkern.build_vae_var("meta", patch_nums=PATCH_NUMS_256, depth=16)

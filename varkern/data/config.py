@@ -44,7 +44,7 @@ def check_numbers(config: Any) -> None:
         if not kinds & {int, float} or (value is None and type(None) in kinds):
             continue
         several = isinstance(value, (tuple, list))
-        check(not several or len(value) > 0, f"{item.name} is empty; it needs a number or more")
+        check(not several or len(value) > 0, f"{item.name} is empty; it needs at least one number")
         for number in value if several else (value,):
             whole = float not in kinds
             right = isinstance(number, Integral if whole else Real) and not isinstance(number, bool)
@@ -76,11 +76,14 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"device {name!r} is no device of torch; use 'cpu', 'cuda' or 'cuda:0'") from None
+        raise ValueError(f"device {name!r} is not a device of torch; use 'cpu', 'cuda' or 'cuda:0'") from None
     if device.type == "cuda":
         check(torch.cuda.is_available(), f"device {name!r} was asked for, but torch finds no CUDA device; use 'cpu'")
         count = torch.cuda.device_count()
-        check((device.index or 0) < count, f"device {name!r} was asked for, but torch finds {count} CUDA devices")
+        check(
+            (device.index or 0) < count,
+            f"device {name!r} was asked for, but torch finds {count} CUDA devices, counted from 0",
+        )
     return device
 
 

@@ -130,7 +130,10 @@ class ImageFolder(Augmented):
             labels += [len(self.classes)] * len(found)
             self.classes.append(name)
         if not self.files:
-            raise ValueError(f"the class folders of {self.root} hold no images ({', '.join(sorted(image_suffixes()))})")
+            raise ValueError(
+                f"the class folders of {self.root} hold no images; "
+                f"files with these endings count: {', '.join(sorted(image_suffixes()))}"
+            )
         self.labels = np.array(labels, dtype=np.int64)
         if empty:
             self.notes.append(f"{len(empty)} class folders without images are no classes: {shortened(empty)}")
@@ -263,7 +266,7 @@ def held_out_digits(count: int, size: int, channels: int) -> tuple[torch.Tensor,
     """
     _, held_out = load_split(DataConfig(data="digits", image_size=size, channels=channels))
     if count > len(held_out):
-        raise ValueError(f"there are {len(held_out)} held-out digits, {count} were asked for")
+        raise ValueError(f"there are {len(held_out)} held-out digits and {count} were asked for; ask for fewer")
     # The i-th of each digit comes before the (i + 1)-th of any.
     rank = [(int((held_out.labels[:i] == label).sum()), int(label), i) for i, label in enumerate(held_out.labels)]
     chosen = sorted(rank)[:count]

@@ -125,9 +125,7 @@ def _label_tensor(var: Transformer, batch: int, labels: object) -> Tensor:
     if isinstance(labels, SupportsIndex) and not isinstance(labels, bool | Tensor | np.ndarray):
         label = operator.index(labels)
         if label > var.num_classes:
-            raise ValueError(
-                f"labels must be in [0, {var.num_classes}], {var.num_classes} = no class; got {label}..{label}"
-            )
+            raise ValueError(f"labels must be in [0, {var.num_classes}], {var.num_classes} = no class; got {label}")
         return torch.full((batch,), var.num_classes if label < 0 else label, dtype=torch.int64, device="cpu")
     if not isinstance(labels, Iterable) or isinstance(labels, str | bytes):
         raise wrong

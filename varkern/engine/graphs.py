@@ -231,7 +231,8 @@ class DeviceGraphs:
                 raise torch.OutOfMemoryError(_NO_MEMORY) from failure
             raise RuntimeError(refusal(f"the capture failed ({failure})")) from failure
         warnings.warn(
-            f"A generation of {request.batch} could not be captured in a CUDA graph and goes on without: {failure}",
+            f"A generation of {request.batch} images could not be captured in a CUDA graph, and goes on "
+            f"without one: {failure}",
             RuntimeWarning,
             stacklevel=4,
         )

@@ -68,7 +68,10 @@ def state_of(contents: Contents, kind: str | None, where: str) -> dict[str, Tens
     claimed = sum(value.numel() * value.element_size() for value in state.values())
     # Twice: two names may share one tensor. What is beyond is a view that repeats its memory.
     if claimed > 2 * contents.size + 2**20:
-        raise CheckpointError(f"{where} claims to hold {claimed} bytes of weights in a file of {contents.size}")
+        raise CheckpointError(
+            f"{where} claims to hold {claimed} bytes of weights in a file of {contents.size}; "
+            "it is damaged, get it again"
+        )
     for note in notes:
         warnings.warn(note, CheckpointWarning, stacklevel=3)
     return state
@@ -125,7 +128,11 @@ def load_checkpoint(
     _copy(own, {**_derived(module, own), **state})
     broken = [key for key in own if key in state and key != HITS and not _finite(state[key])]
     if broken:
-        warnings.warn(f"{name}: {_some(broken)} hold NaN or infinity", CheckpointWarning, stacklevel=2)
+        warnings.warn(
+            f"{name}: {_some(broken)} hold NaN or infinity, which spoil what is computed from them",
+            CheckpointWarning,
+            stacklevel=2,
+        )
 
 
 def refuse(name: object, module: nn.Module, problems: list[str]) -> None:

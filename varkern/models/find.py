@@ -91,7 +91,7 @@ def load_tokenizer(source: PathLike, patch_nums: Sequence[int] | None = None, **
     contents = read_file(weights)
     kinds = {model.kind for model in models_in(contents.value)}
     if kinds == {"VAR"}:
-        raise CheckpointError(f"{weights} is not a checkpoint of VQVAE: it holds a transformer alone")
+        raise CheckpointError(f"{weights} is not a checkpoint of VQVAE: it holds a transformer alone; name a tokenizer")
     state = state_of(contents, "VQVAE", str(weights))
     config, where = _vae_settings(weights, contents, state, strict=path.is_dir())
     if patch_nums is None:
@@ -133,7 +133,9 @@ def find_model(
     contents = read_file(weights)
     kinds = {model.kind for model in models_in(contents.value)}
     if kinds == {"VQVAE"}:
-        raise CheckpointError(f"{weights} is not a checkpoint of VAR: it lacks 'pos_start'; it is a tokenizer alone")
+        raise CheckpointError(
+            f"{weights} is not a checkpoint of VAR: it lacks 'pos_start'; it is a tokenizer alone: name a transformer"
+        )
     state = state_of(contents, "VAR", str(weights))
     vae_weights = _tokenizer_of(source, path, weights, "VQVAE" in kinds, other)
     settings, where = _var_settings(weights, contents, state, strict=path.is_dir())
@@ -154,7 +156,10 @@ def find_model(
     told = vae_settings.get("v_patch_nums", schedule)
     if told != schedule:
         if other is None:
-            raise CheckpointError(f"{where} says v_patch_nums = {told}, but the transformer has {schedule}")
+            raise CheckpointError(
+                f"{where} says v_patch_nums = {told}, but the transformer has {schedule}; "
+                "name the tokenizer that it was trained with"
+            )
         warnings.warn(
             f"{vae_weights}: the transformer's schedule {schedule} is taken, not the tokenizer's own, {told}",
             CheckpointWarning,
@@ -234,7 +239,9 @@ def _in_folder(folder: Path, name: str) -> Path:
 
 def _model_weights(folder: Path) -> Path:
     if not (folder / WEIGHTS).is_file() and (folder / VAE_WEIGHTS).is_file():
-        raise MissingCheckpointError(f"{folder} has no {WEIGHTS}: it is the folder of a tokenizer alone")
+        raise MissingCheckpointError(
+            f"{folder} has no {WEIGHTS}: it is the folder of a tokenizer alone; name that of a transformer"
+        )
     return _in_folder(folder, WEIGHTS)
 
 

@@ -76,7 +76,7 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         if num_heads < 1 or embed_dim % num_heads:
-            raise ValueError(f"embed_dim={embed_dim} is not divisible by num_heads={num_heads}")
+            raise ValueError(f"embed_dim={embed_dim} is not divisible by num_heads={num_heads}; choose a multiple")
         self.patch_nums = as_patch_nums(patch_nums)
         if self.patch_nums != vae_local.quantize.v_patch_nums:
             raise ValueError(

@@ -21,7 +21,7 @@ class LoopConfig(DataConfig):
 
     out: str = required("folder of the run: checkpoint, metrics log and, at the end, the model")
     epochs: int = option(200, "passes over the training images", "(0, inf)")
-    batch_size: int = option(768, "images an optimizer step (the global batch)", "(0, inf)")
+    batch_size: int = option(768, "images in one optimizer step (the global batch)", "(0, inf)")
     accumulate: int = option(1, "equal parts the batch is computed in, to fit memory", "(0, inf)")
     base_lr: float = option(1e-4, "peak learning rate for a batch of 256; scaled linearly with batch_size", "(0, inf)")
     warmup_epochs: float = option(4.0, "epochs of linear warm-up from 0.005 of the peak learning rate", "[0, inf)")
@@ -68,9 +68,11 @@ class TokenizerConfig(LoopConfig):
     z_channels: int = option(32, "width of a code", "(0, inf)")
     ch: int = option(160, "base channels of encoder and decoder; a multiple of 32", "(0, inf)")
     ch_mult: tuple[int, ...] = option(
-        (1, 1, 2, 2, 4), "channel multiplier a level; each level but the last halves", "(0, inf)"
+        (1, 1, 2, 2, 4), "channel multiplier of each level; all but the last halve the image", "(0, inf)"
     )
-    num_res_blocks: int = option(2, "residual blocks a level of the encoder (the decoder has one more)", "(0, inf)")
+    num_res_blocks: int = option(
+        2, "residual blocks in each level of the encoder (the decoder has one more)", "(0, inf)"
+    )
     patch_nums: tuple[int, ...] = option(PATCH_NUMS_256, "sides of the token maps, coarse to fine", "(0, inf)")
     quant_resi: float = option(0.5, "share of the convolution in the residual mapping phi", "(-inf, inf)")
     share_quant_resi: int = option(
@@ -130,7 +132,7 @@ class TransformerConfig(LoopConfig):
     width: int = option(0, "channels of a token; 0 takes 64 x depth", "[0, inf)")
     heads: int = option(0, "attention heads; 0 takes width / 64", "[0, inf)")
     shared_aln: bool = option(False, "one AdaLN projection for all blocks")
-    attn_l2_norm: bool = option(True, "unit-length queries and keys with a learned scale a head")
+    attn_l2_norm: bool = option(True, "unit-length queries and keys, with a learned scale for each head")
     drop_rate: float = option(0.0, "dropout of attention and feed-forward outputs", "[0, 1)")
     attn_drop_rate: float = option(0.0, "dropout of attention weights", "[0, 1)")
     drop_path_rate: float = option(
@@ -150,7 +152,10 @@ class TransformerConfig(LoopConfig):
         """Raise ``ValueError`` with one sentence for the first setting that cannot work."""
         self.validate_loop()
         width, heads = self.dims()
-        check(heads > 0 and width % heads == 0, f"width {width} does not divide into {heads} heads")
+        check(
+            heads > 0 and width % heads == 0,
+            f"width is {width} and does not divide into {heads} heads; choose a multiple",
+        )
 
     def dims(self) -> tuple[int, int]:
         """Width and number of heads."""

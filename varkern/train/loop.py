@@ -91,7 +91,9 @@ class Loop:
         )
         self.steps_per_epoch = len(train) // config.batch_size
         if self.steps_per_epoch == 0:
-            raise ValueError(f"batch_size is {config.batch_size} but there are only {len(train)} training images")
+            raise ValueError(
+                f"batch_size is {config.batch_size} but there are only {len(train)} training images; lower it"
+            )
         self.total_steps = config.epochs * self.steps_per_epoch
         self.warmup_steps = round(config.warmup_epochs * self.steps_per_epoch)
         self.step = self.stop = 0  # stop: the signal that asks for it

@@ -162,7 +162,8 @@ class Run:
             )
         if state["kind"] != type(self.config).__name__:
             raise ValueError(
-                f"{self.checkpoint} belongs to a run with {state['kind']}, not {type(self.config).__name__}"
+                f"{self.checkpoint} belongs to a run with {state['kind']}, not {type(self.config).__name__}; "
+                "choose another folder"
             )
         # A setting that the checkpoint does not know yet had the effect of its default.
         defaults = {field.name: field.default for field in dataclasses.fields(self.config)}

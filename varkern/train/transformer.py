@@ -80,9 +80,12 @@ def train_transformer(config: TransformerConfig) -> Path:
     size = patch_nums[-1] * tokenizer.vae.downsample
     check(
         config.channels in (0, channels),
-        f"channels is {config.channels} but tokenizer {config.tokenizer} has {channels}",
+        f"channels is {config.channels} but tokenizer {config.tokenizer} has {channels}; leave it at 0 to take that",
     )
-    check(config.image_size in (0, size), f"image_size is {config.image_size} but the tokenizer takes {size} pixels")
+    check(
+        config.image_size in (0, size),
+        f"image_size is {config.image_size} but the tokenizer takes {size} pixels; leave it at 0 to take that",
+    )
     config = replace(config, image_size=size, channels=channels)
     with Run(config) as run:
         train, held_out = load_split(config, config.seed)
