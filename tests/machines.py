@@ -2,8 +2,8 @@
 
     python tests/machines.py [arguments of pytest instead of the numeric files]
 
-PyTorch's libraries and the kernels are held to the vectors of older processors. Closes with a table of the outcomes, and
-fails where a test did.
+PyTorch's libraries and the kernels are held to the vectors of older processors. Closes with a table of the outcomes,
+and fails where a test did.
 """
 
 from __future__ import annotations

@@ -133,20 +133,16 @@ class Problem:
         """The same in a dtype, with the mask of L x L; row_grads (B, H, L): gradients of lse, too."""
         grad_out, *leaves = (None if x is None else x.detach().to(dtype).requires_grad_() for x in tensors)
         q, k, v, q_bias, v_bias, log_scale = leaves
-        if q_bias is not None:
-            q = q + q_bias.unsqueeze(1)
-        if v_bias is not None:
-            v = v + v_bias.unsqueeze(1)
+        q = q if q_bias is None else q + q_bias.unsqueeze(1)
+        v = v if v_bias is None else v + v_bias.unsqueeze(1)
         if log_scale is not None:
             temperature = log_scale.clamp_max(math.log(100)).exp().view(-1, 1, 1)
             q, k = F.normalize(q, dim=-1).mul(temperature), F.normalize(k, dim=-1)
         scores = (q @ k.mT * self.softmax_scale).masked_fill(self.hidden().to(q.device), -torch.inf)
         out, lse = scores.softmax(-1) @ v, scores.logsumexp(-1)
         used = [leaf for leaf in leaves if leaf is not None]
-        results, incoming = [out], [grad_out]
-        if row_grads is not None:
-            results, incoming = [out, lse], [*incoming, row_grads]
-        grads = iter(torch.autograd.grad(results, used, incoming))
+        results = ([out], [grad_out]) if row_grads is None else ([out, lse], [grad_out, row_grads])
+        grads = iter(torch.autograd.grad(results[0], used, results[1]))
         return named(out.detach(), lse.detach(), *(None if leaf is None else next(grads) for leaf in leaves))
 
     def hidden(self) -> Tensor:
@@ -185,9 +181,7 @@ def check(problem: Problem) -> None:
         error, plains = ((tensor[name] - value).abs().max() for tensor in (got, plainly))
         of_lse = 0.0 if problem.dtype == torch.float32 else single * exact["lse"].abs().max()
         rounding = (eps + of_lse) * size + (rounded[name] - value).abs().max()
-        assert error <= 2 * plains + rounding, (
-            f"{name}: error {error:.3g}, plainly {plains:.3g}, rounding {rounding:.3g}"
-        )
+        assert error <= 2 * plains + rounding, f"{name}: error {error:.3g}, plainly {plains:.3g}, beside {rounding:.3g}"
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from ties import assert_same_draws
 
 import varkern
 from varkern.engine import reference
-from varkern.models.blocks import DropPath
+from varkern.modules.blocks import DropPath
 from varkern.ops.sampling import draw_noise
 
 # Tolerances that hold between two correct float32 implementations: tokens equal, logits and images 1e-3 absolute,

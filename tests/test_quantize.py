@@ -18,7 +18,7 @@ from ties import TOLERANCE, assert_same_codes
 from torch import Tensor
 
 import varkern
-from varkern.models.schedule import PATCH_NUMS_256, PATCH_NUMS_512, as_sizes
+from varkern.modules.schedule import PATCH_NUMS_256, PATCH_NUMS_512, as_sizes
 from varkern.ops import _library, use_backend
 from varkern.ops import quantize as ops
 from varkern.ops.quantize import Phi, Size
