@@ -14,7 +14,8 @@ import torch
 from in_order import assert_as_accurate, plain
 from torch import Tensor
 
-from varkern.models import VQVAE, autoencoder
+from varkern.models import VQVAE
+from varkern.modules import autoencoder
 from varkern.ops import (
     _library,
     group_norm_affine,
