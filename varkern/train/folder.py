@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from varkern.images import check_header, image_suffixes
+from varkern.images import check_image, image_suffixes
 
 __all__ = ["bad_images", "list_classes", "list_images", "natural_order", "refusal"]
 
@@ -93,11 +93,11 @@ def list_images(folder: Path) -> tuple[list[tuple[Path, int]], Counter[str]]:
 
 
 def bad_images(files: list[Path]) -> dict[int, str]:
-    """Number and fault of the ``files`` whose header is not that of an image, with a progress bar."""
+    """Number and fault of the ``files`` that cannot be read as images, with a progress bar."""
 
     def fault(path: Path) -> str:
         try:
-            check_header(path)
+            check_image(path)
         except (OSError, ValueError) as error:
             return str(error)
         return ""
