@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from varkern.images import check_header, image_suffixes, open_image, read_image
+from varkern.images import check_image, image_suffixes, open_image, read_image
 from varkern.train.data import ImageFolder
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
@@ -106,8 +106,8 @@ def test_what_is_no_image_is_refused_in_one_sentence(tmp_path, monkeypatch):
         assert "\n" not in str(caught.value)
         if name != "cut":
             with pytest.raises(ValueError, match=rf"{name}\.png cannot be read"):
-                check_header(tmp_path / f"{name}.png")
-    check_header(tmp_path / "cut.png")
+                check_image(tmp_path / f"{name}.png")
+    check_image(tmp_path / "cut.png")
     with pytest.raises(FileNotFoundError, match="there is no image file"):
         open_image(tmp_path / "missing.png", 3)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
