@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 __all__ = [
@@ -82,6 +82,8 @@ def _opened(path: Path) -> Iterator[Image.Image]:
             yield image
     except Exception as error:  # whatever a parser stumbles over is the file's fault
         reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):
+            reason = "of no kind that Pillow knows"
         raise ValueError(f"{shown(path)} cannot be read as an image ({reason}); convert it to PNG or JPEG") from error
 
 

@@ -86,7 +86,7 @@ def class_names(model: Path, num_classes: int | None = None) -> list[str] | None
     return [str(name) for name in names]
 
 
-def check_classes(classes: list[str], trained: list[str] | None, num_classes: int, config: EvaluateConfig) -> None:
+def check_classes(classes: list[str], trained: list[str] | None, number: int | None, config: EvaluateConfig) -> None:
     """Refuse images whose classes the model does not have, or of which nothing tells the numbers."""
     if trained is not None:
         others = [name for name in classes if name not in set(trained)]
@@ -97,8 +97,8 @@ def check_classes(classes: list[str], trained: list[str] | None, num_classes: in
         )
     else:
         check(
-            len(classes) == num_classes,
-            f"{config.data} has {len(classes)} classes, not {num_classes} as the model; to measure on some of them, "
+            number in (None, len(classes)),
+            f"{config.data} has {len(classes)} classes, not {number} as the model; to measure on some of them, "
             f"list the names of all in their order in {CLASSES} in the model's folder",
         )
 
@@ -129,8 +129,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     train, held_out = load_split(replace(config, augment=False, flip=False), classes=trained)
     part = held_out if config.part == "held_out" else train
     check(len(part) > 0, f"the {config.part} part of {config.data} is empty; change held_out")
-    if var is not None:
-        check_classes(part.classes, trained, var.num_classes, config)
+    check_classes(part.classes, trained, None if var is None else var.num_classes, config)
     present = len(np.unique(part.labels))
     if present < len(part.classes):
         print(f"images of {present} of the {len(part.classes)} classes are measured", file=sys.stderr)

@@ -8,6 +8,7 @@ import stat
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -18,6 +19,7 @@ __all__ = ["bad_images", "list_classes", "list_images", "natural_order", "refusa
 SYSTEM_FOLDERS = frozenset({"__macosx", "@eadir", "$recycle.bin", "lost+found"})
 PARTS = ("train", "training", "val", "valid", "validation", "test")  # of a data set, not classes
 SHOWN = 5  # files named in a sentence
+FEW = 16  # files are checked in no time
 
 
 def natural_order(name: str) -> tuple[list[int | str], str]:
@@ -102,9 +104,10 @@ def bad_images(files: list[Path]) -> dict[int, str]:
             return str(error)
         return ""
 
-    # Opening files waits for the disk, so threads help.
+    # Pillow lets go of the interpreter while it reads and decodes, so threads help.
     with ThreadPoolExecutor(min(8, 2 * (os.cpu_count() or 1))) as pool:
-        faults = tqdm(pool.map(fault, files), total=len(files), desc="checking images", unit="file", leave=False)
+        settings: dict[str, Any] = {"desc": "checking images", "unit": "file", "leave": False}
+        faults = tqdm(pool.map(fault, files), total=len(files), disable=len(files) <= FEW, **settings)
         return {number: text for number, text in enumerate(faults) if text}
 
 
