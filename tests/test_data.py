@@ -251,7 +251,14 @@ def test_a_truncated_file_is_found_before_training(suffix, folder):
 
 @pytest.mark.parametrize("size", [(1, 100_000), (100_000, 1), (3, 20_000)])
 @pytest.mark.parametrize("augment", [False, True])
-def test_a_very_long_image_is_not_enlarged_to_gigabytes(size, augment, tmp_path):
+def test_a_very_long_image_is_not_enlarged_to_gigabytes(size, augment, tmp_path, monkeypatch):
+    resize = Image.Image.resize
+
+    def watched(image, size, *arguments):
+        assert max(size) <= 16 * min(size)
+        return resize(image, size, *arguments)
+
+    monkeypatch.setattr(Image.Image, "resize", watched)
     (tmp_path / "a").mkdir()
     levels = np.linspace(0, 255, max(size)).astype(np.uint8)
     levels = np.broadcast_to(levels if size[0] > size[1] else levels[:, None], size[::-1])

@@ -1,6 +1,7 @@
 """Photographs of any size and shape: the square that is edited, and what is pasted back of it."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,42 @@ def test_a_seam_fades_within_the_region_alone():
     np.testing.assert_allclose(alpha[12, 21:26], [1, 0.75, 0.5, 0.25, 0])
     assert (alpha[19, 10:20] == 1).all()  # the edge of the photograph is no seam
     np.testing.assert_array_equal(photograph.faded(region, 0), region)
+
+
+@pytest.mark.parametrize("seam", [1, 4, photograph.LONGEST_SEAM])
+def test_a_seam_counts_the_pixels_to_the_nearest_one_outside(seam):
+    region = np.random.default_rng(seam).random((23, 31)) < 0.97
+    outside = np.argwhere(~region)
+    pixels = np.argwhere(region)
+    away = np.abs(pixels[:, None] - outside[None]).max(-1).min(-1)  # rows or columns, whichever are more
+    got = photograph.faded(region, seam)
+    np.testing.assert_allclose(got[region], np.minimum(away, seam + 1) / (seam + 1), rtol=1e-6)
+    assert (got[~region] == 0).all()
+
+
+def test_a_region_too_long_for_any_square_is_told(run):
+    Image.new("L", (1, 30_000)).save("long.png")
+    status, _, err = run("edit", "long.png", "--box", "0,0,0.5,1", "--out", "e")
+    assert (status, "15000 pixels long in a photograph of 1x30000" in err, err.count("\n")) == (2, True, 1)
+    assert run("edit", "long.png", "--box", "0.5,0,0.501,1", "--out", "e.png")[0] == 0
+    assert pixels("e.png").shape == (30_000, 1)
+    assert not Path("e").exists()
+
+
+def test_several_photographs_too_large_for_one_picture_are_told(run):
+    Image.new("L", (6000, 6000)).save("large.png")
+    status, _, err = run("edit", "large.png", "--box", "0,0,0.01,0.01", "--num", 2, "--out", "e.png")
+    assert (status, "2 photographs of 6000x6000 are too many pixels for one picture" in err) == (2, True)
+
+
+@pytest.mark.parametrize("name", ["a b", "a\nb", b"a\xffb"])
+def test_photographs_and_masks_of_any_name(run, name):
+    name = os.fsdecode(name)
+    photo = photo_file(f"{name}.png", 60, 200)
+    region = mask_file(f"{name}.mask.png", 60, 200, slice(20, 40), slice(80, 120))
+    status, out, err = run("edit", f"{name}.png", "--mask", f"{name}.mask.png", "--seed", 1, "--out", name)
+    assert (status, len(out.splitlines())) == (0, 3), err
+    np.testing.assert_array_equal(pixels(f"{name}/00000_inpaint.png")[~region], photo[~region])
 
 
 # --- the command --------------------------------------------------------------------------------------------------

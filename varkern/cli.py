@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 from varkern import __version__, commands
 from varkern.edit import Box
 from varkern.models import CheckpointError
+from varkern.photograph import LONGEST_SEAM
 
 __all__ = ["build_parser", "main"]
 
@@ -271,7 +272,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sub.add_argument(
         "--seam",
-        type=_int(0, "a number of pixels", 256),
+        type=_int(0, "a number of pixels", LONGEST_SEAM),
         default=0,
         metavar="N",
         help="fade what is generated over N pixels inside its edge (default: %(default)s)",

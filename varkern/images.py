@@ -237,7 +237,8 @@ def write_png(image: Image.Image, path: str | os.PathLike[str], text: Mapping[st
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(scratch, "xb") as file:
-            image.save(file, format="PNG", optimize=True, pnginfo=info)
+            # Of photographs the smallest file takes several times as long to find.
+            image.save(file, format="PNG", optimize=image.width * image.height <= 2**20, pnginfo=info)
         os.replace(scratch, path)
     except OSError as error:
         reason = error.strerror or str(error)

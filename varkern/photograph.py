@@ -8,16 +8,25 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from varkern import images
 from varkern.edit import Box, box_cells, box_mask, touched
 
-__all__ = ["LARGEST_SIDE", "Photograph", "Square", "box_region", "faded", "mask_region", "square_around"]
+__all__ = [
+    "LARGEST_SIDE",
+    "LONGEST_SEAM",
+    "Photograph",
+    "Square",
+    "box_region",
+    "faded",
+    "mask_region",
+    "square_around",
+]
 
 LARGEST_SIDE = 12_000  # pixels of a square: 430 MB as colour
+LONGEST_SEAM = 254  # pixels
 
 
 @dataclass(frozen=True)
@@ -119,14 +128,23 @@ def mask_region(shape: tuple[int, int], path: str | os.PathLike[str]) -> np.ndar
 
 
 def faded(region: np.ndarray, seam: int) -> np.ndarray:
-    """(H, W) float32: 0 outside the region (H, W) bool, rising inside, to 1 at ``seam`` pixels from its edge."""
-    inside = torch.from_numpy(region).to(torch.float32)[None, None]
-    alpha = inside.clone()
-    for _ in range(seam):
-        padded = F.pad(inside, (1, 1, 1, 1), mode="replicate")  # the photograph's own edge is no edge of the region
-        inside = -F.max_pool2d(F.max_pool2d(-padded, (1, 3), stride=1), (3, 1), stride=1)
-        alpha += inside
-    return alpha.div_(seam + 1)[0, 0].numpy()
+    """(H, W) float32: 0 outside the region (H, W) bool, rising inside, to 1 at ``seam`` pixels from its edge.
+
+    The photograph's own edge is none of the region. seam: up to ``LONGEST_SEAM``.
+    """
+    rows, columns = (np.flatnonzero(region.any(axis)) for axis in (1, 0))
+    part = slice(max(0, rows[0] - 1), rows[-1] + 2), slice(max(0, columns[0] - 1), columns[-1] + 2)
+    # The larger of rows and columns to the nearest pixel outside, which is found along one and then the other.
+    distance = np.where(region[part], seam + 1, 0).astype(np.uint8)
+    for plane in (distance, distance.T):
+        given = plane.copy()
+        for k in range(1, seam + 1):
+            near = np.maximum(given, k)
+            np.minimum(plane[k:], near[:-k], out=plane[k:])
+            np.minimum(plane[:-k], near[k:], out=plane[:-k])
+    alpha = np.zeros(region.shape, np.float32)
+    alpha[part] = distance / np.float32(seam + 1)
+    return alpha
 
 
 class Photograph:

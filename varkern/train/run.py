@@ -164,7 +164,7 @@ class Run:
     def write_classes(self, classes: list[str]) -> None:
         """Write the names of the classes in their order, which ``varkern sample`` reads."""
         text = json.dumps(classes, indent=0, ensure_ascii=False) + "\n"
-        atomic_write(self.folder / CLASSES, lambda file: file.write(text.encode()))
+        atomic_write(self.folder / CLASSES, lambda file: file.write(text.encode(errors="backslashreplace")))
 
     def load(self) -> dict[str, Any] | None:
         """The checkpoint to continue from, or None for a fresh start; the log is cut back to its step."""
