@@ -301,3 +301,19 @@ def test_digest_tells_other_data(folder):
     assert ImageFolder(folder, 32).digest() == before
     (folder / "cats" / "0.png").rename(folder / "dogs" / "x.png")
     assert ImageFolder(folder, 16).digest() != before
+
+
+def test_class_names_that_are_not_utf8_are_saved_and_read(tmp_path):
+    from varkern.eval.evaluate import class_names
+    from varkern.train.run import Run
+
+    names = [os.fsdecode(b"\xff\xfe"), "a\nb", "\u00e9"]
+    for name in names:
+        picture(tmp_path / "data" / name / "0.png")
+    data = ImageFolder(tmp_path / "data", 16)
+    assert set(data.classes) == set(names)
+    run = object.__new__(Run)
+    run.folder = tmp_path
+    run.write_classes(data.classes)
+    assert class_names(tmp_path) == data.classes
+    assert "\u00e9" in (tmp_path / "classes.json").read_text(encoding="utf-8")
