@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from varkern.data.datasets import ImageFolder
 from varkern.images import check_image, image_suffixes, open_image, read_image, to_uint8
-from varkern.train.data import ImageFolder
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
 COLOUR = np.stack([RAMP, RAMP.T, 255 - RAMP], axis=-1)

@@ -24,6 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from varkern import edit, images, sampling
+from varkern.data.datasets import held_out_digits
 from varkern.engine import generate
 from varkern.engine.arguments import check_options
 from varkern.engine.options import Options
@@ -48,7 +49,7 @@ def _device(options: argparse.Namespace) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"--device {name} is no device of torch; use cpu, cuda or cuda:0") from None
+        raise ValueError(f"--device {name} is not a device of torch; use cpu, cuda or cuda:0") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {name} was asked for, but torch finds no CUDA device; use cpu")
     return device
@@ -115,7 +116,9 @@ def _check_out(out: Path) -> None:
     if out.suffix.lower() in (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"):
         raise ValueError(f"--out {out}: pictures are written as PNG; name a .png file or a folder")
     if out.suffix.lower() == ".png" and out.is_dir():
-        raise ValueError(f"--out {out} is a folder; name a file that is not")
+        raise ValueError(
+            f"--out {out} is a folder whose name ends in .png; name another file, or a folder of another name"
+        )
     if out.suffix.lower() != ".png" and out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; name a .png file or a folder")
     images.check_writable(out.parent if out.suffix.lower() == ".png" else out)
@@ -184,18 +187,21 @@ def _tokenizer(options: argparse.Namespace) -> VQVAE:
 
 
 def reconstruct(options: argparse.Namespace) -> None:
-    from varkern.train.data import digest_of
-    from varkern.train.folder import bad_images
+    from varkern.data.datasets import digest_of
+    from varkern.data.folder import bad_images
     from varkern.train.losses import psnr
 
     _check_out(options.out)
     if not options.images and (options.checkpoint or options.vae):
-        raise ValueError("name the image files to reconstruct (held-out digits are there for the bundled model alone)")
+        raise ValueError(
+            "there is nothing to reconstruct: name image files (only the bundled model has images of its "
+            "own, held-out digits)"
+        )
     if faults := bad_images(options.images):
         raise ValueError(next(iter(faults.values())))
     vae = _tokenizer(options)
     size, weight = _image_size(vae), vae.post_quant_conv.weight
-    digits, labels = (None, []) if options.images else images.held_out_digits(options.num, size, vae.in_channels)
+    digits, labels = (None, []) if options.images else held_out_digits(options.num, size, vae.in_channels)
     names = [path.name for path in options.images] or [f"digit {digit}" for digit in labels]
     grid = options.out.suffix.lower() == ".png"
     values, originals = list[float](), list[Tensor]()
@@ -236,9 +242,9 @@ def _state(path: Path) -> tuple[str, int, int]:
 def edit_image(options: argparse.Namespace) -> None:
     _check_out(options.out)
     if options.mode == "class" and not options.classes:
-        raise ValueError("--mode class needs --class, what the region becomes")
+        raise ValueError("--mode class needs --class, the class that the region becomes")
     if options.mode != "class" and options.classes:
-        raise ValueError(f"--class goes with --mode class; {options.mode}ing has no class")
+        raise ValueError(f"--class goes with --mode class; leave it out of {options.mode}ing, which has no class")
     if (options.box is None) == (options.mask is None):
         raise ValueError("name the region by either --box T,L,B,R or --mask FILE, not both")
     if options.seam and not options.paste_back:
@@ -318,7 +324,7 @@ def evaluate(options: argparse.Namespace) -> None:
 
         defaults = {"model": str(bundled_model()), "data": "digits", "image_size": 32, "channels": 1}
     elif "data" not in options:
-        raise ValueError("name the images to measure on (--data FOLDER)")
+        raise ValueError("there is nothing to measure on: name a folder of images (--data FOLDER)")
     with _notes():
         print(json.dumps(measures.evaluate(_config(measures.EvaluateConfig, options, **defaults)), indent=2))
 

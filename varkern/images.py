@@ -4,7 +4,6 @@ import contextlib
 import functools
 import os
 import re
-import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -13,12 +12,13 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
+from varkern.atomic import atomic_write, unwritable
+
 __all__ = [
     "check_image",
     "check_writable",
     "file_stem",
     "from_uint8",
-    "held_out_digits",
     "image_suffixes",
     "open_image",
     "read_image",
@@ -190,23 +190,6 @@ def read_image(path: str | os.PathLike[str], size: int, channels: int) -> Tensor
     return from_uint8(np.asarray(image))
 
 
-def held_out_digits(count: int, size: int, channels: int) -> tuple[Tensor, list[int]]:
-    """Real digits the bundled model was not trained on, 0 to 9 in turn: (count, channels, size, size) in [-1, 1].
-
-    Raises ImportError without scikit-learn, which carries them, and ValueError where there are too few.
-    """
-    from varkern.train.config import DataConfig
-    from varkern.train.data import load_split
-
-    _, held_out = load_split(DataConfig(data="digits", image_size=size, channels=channels))
-    if count > len(held_out):
-        raise ValueError(f"there are {len(held_out)} held-out digits, {count} were asked for")
-    # The i-th of each digit comes before the (i + 1)-th of any.
-    rank = [(int((held_out.labels[:i] == label).sum()), int(label), i) for i, label in enumerate(held_out.labels)]
-    chosen = sorted(rank)[:count]
-    return torch.stack([held_out[i][0] for _, _, i in chosen]), [label for _, label, _ in chosen]
-
-
 def check_writable(folder: str | os.PathLike[str]) -> None:
     """Raise OSError naming the folder unless files can be written there, or it can be made."""
     folder = Path(folder)
@@ -232,22 +215,14 @@ def write_png(image: Image.Image, path: str | os.PathLike[str], text: Mapping[st
     for keyword, value in (text or {}).items():
         info.add_text(keyword, value)
     path = Path(path)
-    # Named before it is made, so that an interrupt at any moment finds it.
-    scratch = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(scratch, "xb") as file:
-            # Of photographs the smallest file takes several times as long to find.
-            image.save(file, format="PNG", optimize=image.width * image.height <= 2**20, pnginfo=info)
-        os.replace(scratch, path)
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise OSError(
-            f"{shown(path)} cannot be written ({reason}); free some space or choose another folder"
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            scratch.unlink(missing_ok=True)
+        raise unwritable(path, error) from error
+    # Of photographs the smallest file takes several times as long to find.
+    optimize = image.width * image.height <= 2**20
+    # Waiting for the disk would make a long run of pictures a quarter slower.
+    atomic_write(path, lambda file: image.save(file, format="PNG", optimize=optimize, pnginfo=info), sync=False)
     return path
 
 

@@ -21,6 +21,8 @@ from PIL import Image
 from torch import Tensor
 
 from varkern import images
+from varkern.atomic import atomic_write, unwritable
+from varkern.train.run import lock
 
 __all__ = ["LARGEST_GRID", "MANIFEST", "image_seed", "run"]
 
@@ -145,8 +147,6 @@ def _entry(
 
     The list of runs is locked while it is read and written, the run itself as long as it is made.
     """
-    from varkern.train.run import lock, unwritable
-
     try:
         out.mkdir(parents=True, exist_ok=True)
         with lock(out, LOCK, wait=True):
@@ -165,8 +165,6 @@ def _entry(
 def _choose(
     out: Path, settings: dict[str, Any], seed: int | None, new_seed: Callable[[], int], names: Sequence[str]
 ) -> tuple[dict[str, Any], BinaryIO]:
-    from varkern.train.run import atomic_write, lock
-
     def held(entry: dict[str, Any]) -> BinaryIO:
         return lock(out, f".{MANIFEST}.{entry['first']}.lock")
 
@@ -179,7 +177,11 @@ def _choose(
         if not all(_path(out, entry["first"] + i, name).exists() for i, name in enumerate(names)):
             with contextlib.suppress(FileExistsError):  # another process makes it
                 return entry, held(entry)
-    alike = [old for old in (entry.get("settings") for entry in runs) if old and old | {"weights": None} == plain]
+    alike = [
+        old
+        for old in (entry.get("settings") for entry in runs)
+        if isinstance(old, dict) and old | {"weights": None} == plain
+    ]
     if alike and all(old.get("weights") != settings.get("weights") for old in alike):
         print(
             f"varkern: the weights have changed since the runs of these settings in {images.shown(out)}: a new run",

@@ -12,14 +12,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from varkern.atomic import atomic_write
+from varkern.data.config import DataConfig, check, option, required, resolve_device
+from varkern.data.datasets import Part, batches, load_split, shortened
 from varkern.eval.digits import DigitMeasures
 from varkern.images import check_writable, shown
 from varkern.models import VAR, load, load_tokenizer
 from varkern.models.find import is_tokenizer, locate
-from varkern.train.config import DataConfig, check, option, required, resolve_device
-from varkern.train.data import Part, batches, load_split, shortened
 from varkern.train.encode import encode_all
-from varkern.train.run import CLASSES, atomic_write
+from varkern.train.run import CLASSES
 from varkern.train.tokenizer import tokenizer_metrics
 from varkern.train.transformer import token_metrics_on
 
@@ -82,7 +83,9 @@ def class_names(model: Path, num_classes: int | None = None) -> list[str] | None
         raise ValueError(f"{path} is not JSON ({error}); repair or remove it") from error
     if not isinstance(names, list) or num_classes not in (None, len(names)):
         count = "" if num_classes is None else f"{num_classes} "
-        raise ValueError(f"{path} must be a list of {count}names, in the order of the classes")
+        raise ValueError(
+            f"{path} must be a JSON list of {count}names, in the order of the classes; repair or remove it"
+        )
     return [str(name) for name in names]
 
 
@@ -121,10 +124,19 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     device = resolve_device(config.device)
     var = None if config.vae is None and is_tokenizer(config.model) else load(config.model, config.vae, device)
     vae = load_tokenizer(config.model).vae.to(device) if var is None else var.vae_proxy[0]
-    check(var is not None or not config.generate, f"{config.model} is a tokenizer alone; images need a transformer")
+    check(
+        var is not None or not config.generate,
+        f"{config.model} is a tokenizer alone; generate needs a transformer: name one, or leave it off",
+    )
     size = vae.quantize.v_patch_nums[-1] * vae.downsample
-    check(config.image_size == size, f"image_size is {config.image_size} but the model makes {size} pixels")
-    check(config.channels == vae.in_channels, f"channels is {config.channels} but the model has {vae.in_channels}")
+    check(
+        config.image_size == size,
+        f"image_size is {config.image_size} but the model makes {size} pixels; set it to that",
+    )
+    check(
+        config.channels == vae.in_channels,
+        f"channels is {config.channels} but the model has {vae.in_channels}; set it to that",
+    )
     trained = class_names(locate(config.model), None if var is None else var.num_classes)
     train, held_out = load_split(replace(config, augment=False, flip=False), classes=trained)
     part = held_out if config.part == "held_out" else train
