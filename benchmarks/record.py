@@ -20,7 +20,8 @@ Result = dict[str, Any]
 SCHEMA = 1
 RESULTS = Path(os.environ.get("VARKERN_RESULTS") or Path(__file__).resolve().parent / "results")
 NUMBER = (int, float)
-# What a row holds. A row without a time holds a peak of memory, or a count (of a sanitizer's errors).
+# What a row holds. A row without a time holds a peak of memory, or a count (of a sanitizer's errors), or says that its
+# provider ran out of memory; beside such a baseline the others have no speed-up.
 ROW = {
     "file": (str,),
     "group": (str,),
@@ -184,7 +185,7 @@ def slower(old: Result | None, new: Result) -> list[str]:
         if ratio <= 1 + noise(was, row, "median_s", "quartiles_s"):
             continue
         text = f"{' / '.join(key(row))}: {seconds(was['median_s'])} -> {seconds(row['median_s'])}"
-        if row["provider"] != row["baseline"] and was["baseline"] == row["baseline"]:
+        if row["provider"] != row["baseline"] == was["baseline"] and row["speedup"] and was["speedup"]:
             fallen = was["speedup"] / row["speedup"]
             if fallen <= 1 + noise(was, row, "speedup", "speedup_quartiles"):
                 continue
@@ -222,12 +223,14 @@ def table(result: Result) -> str:
             lines += ["", heading]
         for row in rows:
             if row["median_s"] is None:
-                shown = bytes_(row["peak_bytes"]) or " ".join(f"{k} {v}" for k, v in row["facts"].items())
+                lacking = "out of memory" if row["facts"].get("out_of_memory") else ""
+                shown = lacking or bytes_(row["peak_bytes"]) or " ".join(f"{k} {v}" for k, v in row["facts"].items())
                 lines.append(f"  {name:40} {row['provider']:>14} {shown:>10}")
                 continue
             low, high = row["quartiles_s"]
             spread = (high - low) / row["median_s"]
-            times = f"{seconds(row['median_s']):>10} ±{spread / 2:4.0%}  {row['speedup']:6.2f}x"
+            ratio = f"{row['speedup']:6.2f}x" if row["speedup"] else 7 * " "  # none beside a baseline out of memory
+            times = f"{seconds(row['median_s']):>10} ±{spread / 2:4.0%}  {ratio}"
             floor = f"{row['fraction']:5.0%} of the floor" if row["floor_s"] else ""
             lines.append(f"  {name:40} {row['provider']:>14} {times}  {floor:18} {bytes_(row['peak_bytes']):>10}")
     return "\n".join(lines)
@@ -242,7 +245,7 @@ def not_faster(result: Result) -> list[str]:
     """Where the reference is as fast as varkern or faster."""
     lines = []
     for row in ours(result):
-        if row["speedup"] <= 1:
+        if row["speedup"] and row["speedup"] <= 1:
             lines.append(f"{row['group']}, {row['name']}: {row['speedup']:.2f}x {row['baseline']}")
     return lines
 
@@ -256,8 +259,8 @@ def markdown(result: Result) -> str:
         group = row["group"]
         first, shown = (group if group != shown else ""), group
         lines.append(f"| {first} | {row['name']} | {_times(row, groups)} | {_speedup(row)} |")
-    memory = [(rows[0], rows[-1]) for rows in groups.values() if rows[0]["median_s"] is None and len(rows) > 1]
-    memory = [pair for pair in memory if pair[0]["peak_bytes"]]
+    memory = [(rows[0], rows[-1]) for rows in groups.values() if rows[0]["peak_bytes"] and len(rows) > 1]
+    memory = [(base, row) for base, row in memory if base["median_s"] is None and row["peak_bytes"]]
     if memory:
         lines += ["", "| peak memory, inputs and weights excluded | reference | varkern | |", "|---|---|---|---|"]
         for base, row in memory:
@@ -274,7 +277,9 @@ def summary(result: Result) -> str:
         if row["file"] in END_TO_END:
             lines.append(f"| {row['group']}: {row['name']} | {_times(row, groups)} | {_speedup(row)} |")
     for group in dict.fromkeys(row["group"] for row in chosen if row["file"] not in END_TO_END + ELSEWHERE):
-        rows = [row for row in chosen if row["group"] == group]
+        rows = [row for row in chosen if row["group"] == group and row["speedup"]]
+        if not rows:
+            continue
         low, high = min(row["speedup"] for row in rows), max(row["speedup"] for row in rows)
         span = f"{low:.2f}" if len(rows) == 1 else f"{low:.2f}–{high:.2f}"
         bases = ", ".join(dict.fromkeys(row["baseline"] for row in rows))
@@ -305,10 +310,13 @@ def _provenance(result: Result) -> str:
 
 def _times(row: Row, groups: dict[tuple[str, str], list[Row]]) -> str:
     base = next(r for r in groups[row["group"], row["name"]] if r["provider"] == row["baseline"])
-    return f"{seconds(base['median_s'])} ({row['baseline']}) | {seconds(row['median_s'])}"
+    time = "out of memory" if base["median_s"] is None else seconds(base["median_s"])
+    return f"{time} ({row['baseline']}) | {seconds(row['median_s'])}"
 
 
 def _speedup(row: Row) -> str:
+    if row["speedup"] is None:
+        return ""
     slow, fast = row["speedup_quartiles"]
     return f"{row['speedup']:.2f} ({slow:.2f}–{fast:.2f})"
 
