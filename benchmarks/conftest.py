@@ -84,7 +84,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 @pytest.fixture(autouse=True)
 def _checks() -> Iterator[None]:
-    if "torch._dynamo" in sys.modules:  # what was compiled for other shapes would be compiled again for any, or not at all
+    if "torch._dynamo" in sys.modules:  # compiled for other shapes, it would be compiled again for any, or no more
         torch._dynamo.reset()
     measure.begin_checks()
     yield
@@ -110,7 +110,8 @@ def record(request: pytest.FixtureRequest, device: torch.device) -> Callable[...
         baseline = next(iter(rows))
         for provider, row in rows.items():
             key = {"file": request.node.path.name, "group": group, "name": name, "provider": provider}
-            measure.remember({"row": {**key, "baseline": baseline, **shared, **row, "facts": {**facts, **row.get("facts", {})}}})
+            all_facts = {**facts, **row.get("facts", {})}
+            measure.remember({"row": {**key, "baseline": baseline, **shared, **row, "facts": all_facts}})
 
     return write
 
@@ -125,9 +126,7 @@ def compare(benchmark: Any, device: torch.device, record: Callable[..., None]) -
     last provider's; ``extra_info["providers"]`` has all.
     """
 
-    def run(
-        calls: dict[str, Callable[[], Any]], moved: float, flop: float = 0, steps: int = 1, **facts: Any
-    ) -> None:
+    def run(calls: dict[str, Callable[[], Any]], moved: float, flop: float = 0, steps: int = 1, **facts: Any) -> None:
         dtype = getattr(torch, str(facts.get("dtype", "float32")).removeprefix("torch."), torch.float32)
         rows = measure.measure(calls, device, moved, flop, dtype, steps)
         if steps > 1:

@@ -130,8 +130,8 @@ def spared(calls: dict[str, Call], name: str) -> Any:
 def results_of(calls: dict[str, Call]) -> dict[str, Any]:
     """What each provider returns, called once, to be checked; without those that are out of memory.
 
-    Whatever else a peer raises is recorded as a failure, and it leaves ``calls``; what the baseline and varkern raise is
-    passed on.
+    Whatever else a peer raises is recorded as a failure, and it leaves ``calls``; what the baseline or varkern raises
+    is passed on.
     """
     found, first = {}, next(iter(calls))
     for name in list(calls):

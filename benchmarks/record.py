@@ -140,7 +140,7 @@ def key(row: Row) -> tuple[str, str, str]:
 
 
 def merged(old: Result | None, new: Result, ran: Iterable[str]) -> Result:
-    """The new result with the old rows of the files that did not run; ``ran`` names those that did."""
+    """The new result with the old rows of the files that did not run to their end; ``ran`` names those that did."""
     if old is None:
         return new
     fresh, ran = {key(row) for row in new["rows"]}, set(ran)
