@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_benchmarks import BENCHMARKS, bars, measure, module, record, result, row, suite
+from planted_rows import BENCHMARKS, bars, measure, module, record, result, row, suite
 from torch import Tensor
 
 from varkern import cli
@@ -250,8 +250,12 @@ def test_tables_of_a_reference_out_of_memory(tmp_path: Path) -> None:
     record.write(tmp_path / "record.json", found)
     assert record.read(tmp_path / "record.json") == found
     assert "out of memory" in record.table(found)
-    assert "| out of memory (reference) | 1 ms |  |" in record.markdown(found)
-    assert "| 1 case | 2.00 |" in record.summary(found)
+    assert "| out of memory (reference) | 1 ms |  | 50% | 000000000 |" in record.cases(found, "bench_quantize.py")
+    for table in (record.summary, record.overview):
+        assert "| 1 case | 2.00 | 000000000 |" in table(found)
+        assert bars.ENCODE not in table({**found, "rows": [short, ours]})  # no span of speed-ups
+        whole = [{**entry, "file": "bench_generate.py"} for entry in (short, ours)]
+        assert "| out of memory (reference) | 1 ms |  | 000000000 |" in table({**found, "rows": whole})
     assert record.not_faster(found) == []
     assert record.slower(found, {**found, "rows": [short, {**ours, "median_s": 9e-3}]}) != []
     assert bars.value_of(bars.Bar("q", "cpu", bars.ENCODE, ours["name"], "speedup", 2.0), [short, ours]) is None

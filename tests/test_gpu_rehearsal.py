@@ -19,7 +19,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from test_benchmarks import BENCHMARKS, bars, gpu, record, result, row, suite
+from planted_rows import BENCHMARKS, bars, gpu, record, result, row, suite
 
 DEVICE = "NVIDIA H100 80GB HBM3"
 PYTHON = """#!{python}
