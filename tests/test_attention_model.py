@@ -12,8 +12,8 @@ from test_models import tiny
 
 import varkern
 from varkern.ops.attention import BlockCausal, block_causal_attention
-from varkern.ops.attention_peers import ATTENTIONS, peer_attention
-from varkern.ops.attention_reference import block_causal_attention_reference, block_causal_mask
+from varkern.ops.attention.peers import ATTENTIONS, peer_attention
+from varkern.ops.attention.reference import block_causal_attention_reference, block_causal_mask
 
 LENGTHS = (1, 4, 9)
 

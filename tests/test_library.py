@@ -11,7 +11,8 @@ import torch
 
 import varkern
 from varkern.ops import current_backend, explain, reference_forced, use_backend
-from varkern.ops._library import Op, _runs_on
+from varkern.ops._op import Op
+from varkern.ops.backends import _runs_on
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from varkern.ops import _library, sampling, use_backend
+from varkern.ops import backends, sampling, use_backend
 from varkern.ops.sampling import (
     draw_noise,
     filter_logits,
@@ -355,7 +355,7 @@ def test_smooth_codes_are_the_reference_s_bit_for_bit(device: torch.device) -> N
 
 
 def test_opcheck(device: torch.device) -> None:
-    backend = _library.current_backend()
+    backend = backends.current_backend()
     for name in ("plain", "paper"):
         logits, setting = arguments((2, 5, 33), SETTINGS[name], torch.float16)
         noise = draw_noise(10, 33, device)

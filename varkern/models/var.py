@@ -18,10 +18,10 @@ from varkern.models.plain import compute_dtype, fusable, runs_as_built
 from varkern.models.quantizer import VectorQuantizer2
 from varkern.models.schedule import PATCH_NUMS_256, as_patch_nums
 from varkern.models.vqvae import VQVAE
-from varkern.ops._library import check_floats, check_tensors
 from varkern.ops.attention import BlockCausal
-from varkern.ops.attention_peers import check_attention
-from varkern.ops.attention_reference import block_causal_mask, cached_block_causal_mask
+from varkern.ops.attention.peers import check_attention
+from varkern.ops.attention.reference import block_causal_mask, cached_block_causal_mask
+from varkern.ops.checks import check_floats, check_tensors
 
 __all__ = ["VAR", "AdaLNSelfAttn", "SharedAdaLin", "gumbel_softmax_with_rng", "sample_with_top_k_top_p_"]
 

@@ -10,7 +10,7 @@ from varkern.models.autoencoder import Decoder, Encoder
 from varkern.models.plain import compute_dtype, is_plain
 from varkern.models.quantizer import VectorQuantizer2, check_map, check_maps, device_of
 from varkern.models.schedule import PATCH_NUMS_256, as_sizes
-from varkern.ops._library import check_floats
+from varkern.ops.checks import check_floats
 
 
 class VQVAE(nn.Module):

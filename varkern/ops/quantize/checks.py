@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from varkern.ops._library import check_floats, check_tensors, transformed
-from varkern.ops.quantize_reference import Size
+from varkern.ops.backends import transformed
+from varkern.ops.checks import check_floats, check_tensors
+from varkern.ops.quantize.reference import Size
 
 _MAX_SIDE = 1 << 15  # of a map: its number of positions, times a batch and Cv, is far from overflowing
 
@@ -180,10 +181,11 @@ def check_backward(
     op = "residual_quantize_backward"
     check_floats(op, ("grad_f_hats",), (grad_f_hats,))
     check_indices(op, indices, codebook, phi_weight, phi_bias, phi_of_scale, sizes)
-    shape = (len(phi_of_scale), indices.size(0), codebook.size(1))
-    if grad_f_hats.dim() != 5 or grad_f_hats.shape[:3] != shape or 0 in grad_f_hats.shape[3:]:
+    K, shape = len(phi_of_scale), (indices.size(0), codebook.size(1))
+    given = grad_f_hats.dim() == 5 and grad_f_hats.size(0) in (1, K)
+    if not given or grad_f_hats.shape[1:3] != shape or 0 in grad_f_hats.shape[3:]:
         raise ValueError(
-            f"{op}: grad_f_hats have shape {tuple(grad_f_hats.shape)}, give ({', '.join(map(str, shape))}, H, W)."
+            f"{op}: grad_f_hats have shape {tuple(grad_f_hats.shape)}, give ({K} or 1, {shape[0]}, {shape[1]}, H, W)."
         )
     if grad_f_hats.dtype != torch.float32 or grad_f_hats.device != codebook.device:
         raise ValueError(

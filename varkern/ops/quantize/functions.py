@@ -17,15 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from varkern.ops._library import (
-    check_floats,
-    check_in_place,
-    check_number,
-    current_backend,
-    needs_gradient,
-    reference_forced,
-)
-from varkern.ops.quantize_checks import (
+from varkern.ops._op import needs_gradient
+from varkern.ops.backends import check_in_place, reference_forced
+from varkern.ops.checks import check_floats, check_number
+from varkern.ops.quantize.checks import (
     check_features,
     check_indices,
     check_range,
@@ -33,43 +28,25 @@ from varkern.ops.quantize_checks import (
     check_step,
     flat_sizes,
 )
-from varkern.ops.quantize_operators import dequantize, quantize
-from varkern.ops.quantize_reference import (
-    AnyPhi,
+from varkern.ops.quantize.operators import DEQUANTIZE, QUANTIZE, STEP, TEACHER
+from varkern.ops.quantize.reference import (
     Phi,
     Size,
     code_maps_reference,
-    growing_dequantize_reference,
-    nearest_code_reference,
     next_scale_input_reference,
-    phi_reference,
     residual_dequantize_reference,
-    residual_quantize_backward_reference,
     residual_quantize_reference,
     residual_quantize_train_reference,
     teacher_forcing_input_reference,
 )
 
 __all__ = [
-    "AnyPhi",
-    "Phi",
-    "Size",
-    "code_maps_reference",
-    "growing_dequantize_reference",
     "maps_as_codes",
-    "nearest_code_reference",
     "next_scale_input",
-    "next_scale_input_reference",
-    "phi_reference",
     "residual_dequantize",
-    "residual_dequantize_reference",
     "residual_quantize",
-    "residual_quantize_backward_reference",
-    "residual_quantize_reference",
     "residual_quantize_train",
-    "residual_quantize_train_reference",
     "teacher_forcing_input",
-    "teacher_forcing_input_reference",
 ]
 
 
@@ -104,9 +81,7 @@ def residual_quantize(
         if reference_forced():
             check_features("residual_quantize", features, codebook, *bank)
             return residual_quantize_reference(features, codebook, phis, sizes, cosine, all_f_hats)
-        f_hats, indices = torch.ops.varkern.residual_quantize(
-            features, codebook, *bank, cosine, all_f_hats, current_backend()
-        )
+        f_hats, indices = QUANTIZE.call(features, codebook, *bank, cosine, all_f_hats)
     return list(indices.split([h * w for h, w in sizes], dim=1)), list(f_hats.unbind(0))
 
 
@@ -131,7 +106,7 @@ def residual_quantize_train(
         check_features("residual_quantize_train", features, codebook, *bank)
         return residual_quantize_train_reference(features, codebook, phis, sizes, beta, cosine)
     target = features.detach()
-    f_hats, indices = quantize(target, codebook, *bank, cosine, True, current_backend())
+    f_hats, indices = QUANTIZE.call(target, codebook, *bank, cosine, True)
     loss = F.mse_loss(f_hats, target.expand_as(f_hats))
     if beta:
         loss = loss + beta * F.mse_loss(features.expand_as(f_hats), f_hats.detach())
@@ -155,7 +130,7 @@ def residual_dequantize(
         check_indices("residual_dequantize", indices, codebook, bank[0], bank[1], bank[3], bank[4])
         check_range("residual_dequantize", indices, codebook.size(0))
         return residual_dequantize_reference(code_maps_reference(indices, codebook, sizes), phis, size)
-    return list(dequantize(indices, codebook, *bank, *size, current_backend()).unbind(0))
+    return list(DEQUANTIZE.call(indices, codebook, *bank, *size).unbind(0))
 
 
 def maps_as_codes(maps: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[Size]]:
@@ -190,7 +165,7 @@ def teacher_forcing_input(indices: Tensor, codebook: Tensor, phis: Sequence[Phi]
             check_range("teacher_forcing_input", indices, codebook.size(0))
             maps = code_maps_reference(indices, codebook, sizes[: len(phis)])
             return teacher_forcing_input_reference(maps, phis, sizes)
-        return torch.ops.varkern.teacher_forcing_input(indices, codebook, *bank[:4], flat, current_backend())
+        return TEACHER.call(indices, codebook, *bank[:4], flat)
 
 
 def next_scale_input(f_hat: Tensor, codes: Tensor, phi: Phi, following: Size | None) -> tuple[Tensor, Tensor]:
@@ -212,9 +187,7 @@ def next_scale_input(f_hat: Tensor, codes: Tensor, phi: Phi, following: Size | N
                 "f_hat.clone(), or call it under torch.no_grad()."
             )
         return next_scale_input_reference(f_hat, codes, phi, following)
-    out = torch.ops.varkern.next_scale_input(
-        f_hat, codes, *(weights or (None, None)), phi.ratio, size, current_backend()
-    )
+    out = STEP.call(f_hat, codes, *(weights or (None, None)), phi.ratio, size)
     return f_hat, f_hat if following is None else out
 
 
