@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from varkern import __version__
+from varkern._version import __version__
 from varkern.ops._op import Op, explain
 from varkern.ops.backends import current_backend, load
 

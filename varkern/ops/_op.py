@@ -176,10 +176,7 @@ class Op:
             return not self.detached
         if self.detached or not torch.is_grad_enabled():
             return False
-        for i in self.tensors:
-            if args[i] is not None and args[i].requires_grad:
-                return True
-        return False
+        return any(args[i] is not None and args[i].requires_grad for i in self.tensors)
 
     def why_not(self, backend: str, *args: Any) -> str | None:
         """Why a backend of this op cannot serve a call (a clause without a full stop), or ``None`` when it can."""
