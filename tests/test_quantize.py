@@ -19,7 +19,7 @@ import varkern
 from varkern.modules.schedule import PATCH_NUMS_256, PATCH_NUMS_512, as_sizes
 from varkern.ops import backends, use_backend
 from varkern.ops import quantize as ops
-from varkern.ops.quantize import Phi, Size
+from varkern.ops.quantize import Phi, Size, functions
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
@@ -253,7 +253,7 @@ def test_gradient_of_the_last_f_hat_alone() -> None:
     grads = []
     for every in (True, False):
         codebook = problem.codebook.detach().requires_grad_()
-        bank = ops._stack("test", problem.phis, problem.sizes, codebook)
+        bank = functions._stack("test", problem.phis, problem.sizes, codebook)
         f_hats, _ = torch.ops.varkern.residual_quantize(problem.features, codebook, *bank, False, every, None)
         grads.append(torch.autograd.grad(f_hats[-1].square().sum(), codebook)[0])
     assert torch.equal(*grads)
@@ -392,7 +392,7 @@ def test_module_uses_the_operators(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_opcheck(device: torch.device) -> None:
     problem, backend = Case(sizes=((1, 1), (2, 2), (3, 3))).make(device), backends.current_backend()
-    bank = ops._stack("test", problem.phis, problem.sizes, problem.codebook)
+    bank = functions._stack("test", problem.phis, problem.sizes, problem.codebook)
     leaves = [tensor.detach().requires_grad_() for tensor in (problem.codebook, *bank[:2])]
     ours, features, indices = torch.ops.varkern, problem.features, problem.indices()
     options = {"test_utils": ("test_schema", "test_faketensor")} if interpreted() else {}

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from varkern.ops._op import Op
-
 __all__ = ["gradient_function", "once_differentiable"]
 
 
-def gradient_function(op: Op, forward: Op, backward: Op) -> Callable[..., Any]:
-    """``apply`` of the autograd function that computes ``op`` by ``forward`` and its gradients by ``backward``.
+def gradient_function(op: Any, forward: Any, backward: Any) -> Callable[..., Any]:
+    """``apply`` of the autograd function that computes an ``Op`` by ``forward`` and its gradients by ``backward``.
 
     ``forward`` has the inputs of ``op``, and outputs that begin with those of ``op``. An argument of ``backward`` is an
     input, an output, or the gradient ``grad_...`` of an output; its outputs are gradients of inputs. What is an output

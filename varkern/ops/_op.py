@@ -63,10 +63,13 @@ class Op:
         example: arguments for a device and a dtype, all of the schema's.
         integers: the tensors that hold integers; all others are floating point.
         no_gradient: for an op of inference, how to train instead: the end of a sentence.
-        detached: what it gives depends on no input in a way that has a derivative.
+        detached: what it gives depends on no input in a way that has a derivative. It is left to PyTorch within
+            transforms alone, where other ops are under the reference backend too.
+        written_from: the tensors that what is written depends on, all others unless named.
     """
 
     registry: ClassVar[dict[str, Op]] = {}
+    inner: ClassVar[dict[str, Op]] = {}  # those that serve the gradients of others
 
     def __init__(
         self,
@@ -77,6 +80,7 @@ class Op:
         integers: Sequence[str] = (),
         no_gradient: str | None = None,
         detached: bool = False,
+        written_from: Sequence[str] | None = None,
     ) -> None:
         arguments, _, returns = schema.rpartition(") -> ")
         library.define(f"{arguments}, str? backend) -> {returns}")
@@ -89,10 +93,13 @@ class Op:
         kinds = [str(argument.type) for argument in parsed.arguments]
         self.tensors = tuple(i for i, kind in enumerate(kinds) if "Tensor" in kind)
         self._written = [i for i in self.tensors if (info := parsed.arguments[i].alias_info) and info.is_write]
-        self._floats = [i for i in self.tensors if self.names[i] not in integers]
+        self._dtypes = [
+            (i, _INTEGERS if self.names[i] in integers else _FLOATING, kinds[i].startswith("Optional"))
+            for i in self.tensors
+        ]
         # Lists of integers are made by the public functions, which have looked at what they are made of.
         self._numbers = [(i, _NUMBERS[kind]) for i, kind in enumerate(kinds) if kind in _NUMBERS]
-        self._optional = {i for i, kind in enumerate(kinds) if kind.startswith("Optional")}
+        self._written_from = written_from
         self._limits: Callable[..., str | None] = lambda *_: None
         self._function: Callable[..., Any] | None = None
         self._worthwhile: Callable[..., bool] | None = None
@@ -145,6 +152,9 @@ class Op:
     def gradient(self, backward: Op, forward: Op | None = None) -> None:
         """Differentiate by ``backward``, after ``forward`` if training keeps more outputs than this op has."""
         self._function = gradient_function(self, forward or self, backward)
+        for other in (backward, forward):
+            if other is not None:
+                Op.inner[other.name] = Op.registry.pop(other.name, other)
 
     def __call__(self, *args: Any) -> Any:
         """What a public function of these arguments does."""
@@ -152,23 +162,32 @@ class Op:
         if self.detached and not torch.is_inference_mode_enabled():
             args = tuple(arg.detach() if isinstance(arg, Tensor) else arg for arg in args)
         by_pytorch = self._by_pytorch is not None and current_backend() is None and self._by_pytorch(*args)
-        return self.plain(*args) if by_pytorch or reference_forced() else self.call(*args)
+        plain = transformed() if self.detached else by_pytorch or reference_forced()
+        return self.plain(*args) if plain else self._call(*args)
+
+    def validate(self, *args: Any) -> None:
+        """Raises for arguments that the op refuses."""
+        self.check_types(args)
+        self._check(*args)
+
+    def call(self, *args: Any) -> Any:
+        """The operator, or its differentiable form where a gradient is needed."""
+        self.check_types(args)
+        return self._call(*args)
+
+    def _call(self, *args: Any) -> Any:
+        backend = current_backend()
+        if self.needs_gradient(args):
+            return self._differentiate(*args, backend)
+        return self.operator(*args, backend)
 
     def plain(self, *args: Any) -> Any:
         """The reference, after the checks, for PyTorch to differentiate."""
         if self.no_gradient is not None and self.needs_gradient(args):
             self._differentiate()
-        self._check_dtypes(args)
         self._check(*args)
         self._check_in_place(args)
         return (self._eager or self._reference)(*args)
-
-    def call(self, *args: Any) -> Any:
-        """The operator, or its differentiable form where a gradient is needed."""
-        backend = current_backend()
-        if self.needs_gradient(args):
-            return self._differentiate(*args, backend)
-        return self.operator(*args, backend)
 
     def needs_gradient(self, args: Sequence[Any]) -> bool:
         """Whether a call has to enter autograd: to record a gradient, or to refuse forward-mode differentiation."""
@@ -208,24 +227,28 @@ class Op:
         return "reference"
 
     def check_types(self, args: Sequence[Any]) -> None:
-        """Raises ``TypeError`` or ``ValueError`` for what the operator could not be called with."""
-        for i in self.tensors:
-            tensor = args[i]
-            if not isinstance(tensor, Tensor) or tensor.layout is not _strided:
-                check_tensors(self.name, self.names[i : i + 1], (tensor,), i in self._optional)
+        """Raises ``TypeError`` or ``ValueError`` for what is not of the schema's types."""
+        self._check_tensors(args)
         for i, check in self._numbers:
             check(self.name, self.names[i], args[i])
 
-    def _check_dtypes(self, args: Sequence[Any]) -> None:
-        for i in self._floats:
+    def _check_tensors(self, args: Sequence[Any]) -> None:
+        # Quickly what is right, which is what every call pays for.
+        for i, dtypes, optional in self._dtypes:
             tensor = args[i]
-            if tensor is not None and tensor.dtype not in _FLOATING:
-                check_floats(self.name, (self.names[i],), (tensor,))
+            if tensor is None and optional:
+                continue
+            if not isinstance(tensor, Tensor) or tensor.dtype not in dtypes or tensor.layout is not _strided:
+                check = check_floats if dtypes is _FLOATING else check_tensors
+                check(self.name, self.names[i : i + 1], (tensor,))
 
     def _check_in_place(self, args: Sequence[Any]) -> None:
         for i in self._written:
-            others = (args[j] for j in self.tensors if j != i)
+            others = (args[j] for j in self.tensors if j != i and self._reaches(self.names[j]))
             check_in_place(self.name, self.names[i], args[i], *others)
+
+    def _reaches(self, name: str) -> bool:
+        return self._written_from is None or name in self._written_from
 
     def _differentiate(self, *args: Any) -> Any:
         if self._function is not None:
@@ -239,7 +262,7 @@ class Op:
         def run(*args: Any) -> Any:
             """On real tensors, below autograd, whatever their device."""
             args, backend = args[:-1], args[-1]
-            self._check_dtypes(args)
+            self._check_tensors(args)
             self._check(*args)
             backend = self.choose(backend, *args)
             if backend == "reference":
@@ -251,7 +274,7 @@ class Op:
 
         def fake(*args: Any) -> Any:
             args = args[:-1]
-            self._check_dtypes(args)
+            self._check_tensors(args)
             self._check(*args)
             return self._empty(*args)
 
@@ -288,7 +311,9 @@ _NUMBERS: dict[str, Callable[..., None]] = {
     "Optional[float]": _optional(check_number),
     "bool": check_truth,
 }
-_strided, _FLOATING = torch.strided, frozenset((torch.float32, torch.float16, torch.bfloat16, torch.float64))
+_strided = torch.strided  # looked up once: every call asks for it
+_FLOATING = frozenset((torch.float32, torch.float16, torch.bfloat16, torch.float64))
+_INTEGERS = frozenset((torch.int64,))
 
 
 def explain(op: str, *args: object) -> dict[str, str | None]:

@@ -43,7 +43,7 @@ def visible_pairs(lengths: Sequence[int]) -> int:
 
 
 def _register(counter: Any) -> None:
-    for op in Op.registry.values():
+    for op in (*Op.registry.values(), *Op.inner.values()):
         if op.formula is not None:
             counter.register_flop_formula(getattr(torch.ops.varkern, op.name))(op.formula)
 

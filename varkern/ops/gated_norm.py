@@ -31,6 +31,7 @@ _OP = Op(
     ("cuda", "cpu"),
     _example,
     no_gradient="train through modulated_layer_norm(x + gate * h, scale, shift)",
+    written_from=("h", "gate"),
 )
 
 

@@ -162,6 +162,7 @@ def block_causal_attention_qkv(
     Raises ``ValueError`` for shapes, dtypes, devices or scales that do not fit, ``RuntimeError`` where the backend
     asked for cannot serve.
     """
+    _QKV.check_types((qkv, q_bias, v_bias, log_scale, lengths, softmax_scale))
     check_projection(qkv, q_bias, v_bias, log_scale)
     lengths = scale_lengths(None, lengths, qkv.size(1))
     return _QKV(qkv, q_bias, v_bias, log_scale, lengths, softmax_scale)[0]
