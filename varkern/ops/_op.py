@@ -162,8 +162,11 @@ class Op:
         if self.detached and not torch.is_inference_mode_enabled():
             args = tuple(arg.detach() if isinstance(arg, Tensor) else arg for arg in args)
         by_pytorch = self._by_pytorch is not None and current_backend() is None and self._by_pytorch(*args)
-        plain = transformed() if self.detached else by_pytorch or reference_forced()
-        return self.plain(*args) if plain else self._call(*args)
+        if transformed() if self.detached else by_pytorch or reference_forced():
+            return self.plain(*args)
+        if self.needs_gradient(args):
+            return self._differentiate(*args, current_backend())
+        return self.operator(*args, current_backend())
 
     def validate(self, *args: Any) -> None:
         """Raises for arguments that the op refuses."""
@@ -171,15 +174,11 @@ class Op:
         self._check(*args)
 
     def call(self, *args: Any) -> Any:
-        """The operator, or its differentiable form where a gradient is needed."""
+        """The operator, or its differentiable form where a gradient is needed, whatever is forced."""
         self.check_types(args)
-        return self._call(*args)
-
-    def _call(self, *args: Any) -> Any:
-        backend = current_backend()
         if self.needs_gradient(args):
-            return self._differentiate(*args, backend)
-        return self.operator(*args, backend)
+            return self._differentiate(*args, current_backend())
+        return self.operator(*args, current_backend())
 
     def plain(self, *args: Any) -> Any:
         """The reference, after the checks, for PyTorch to differentiate."""
