@@ -100,6 +100,7 @@ class Op:
         # Lists of integers are made by the public functions, which have looked at what they are made of.
         self._numbers = [(i, _NUMBERS[kind]) for i, kind in enumerate(kinds) if kind in _NUMBERS]
         self._written_from = written_from
+        self._check_values: Callable[..., None] = lambda *_: None
         self._limits: Callable[..., str | None] = lambda *_: None
         self._function: Callable[..., Any] | None = None
         self._worthwhile: Callable[..., bool] | None = None
@@ -112,6 +113,11 @@ class Op:
 
     def check(self, function: _Function) -> _Function:
         self._check = function
+        return function
+
+    def check_values(self, function: _Function) -> _Function:
+        """What can only be seen on real tensors."""
+        self._check_values = function
         return function
 
     def limits(self, function: _Function) -> _Function:
@@ -159,7 +165,7 @@ class Op:
     def __call__(self, *args: Any) -> Any:
         """What a public function of these arguments does."""
         self.check_types(args)
-        if self.detached and not torch.is_inference_mode_enabled():
+        if self.detached and (torch.is_grad_enabled() or forward_ad._current_level >= 0):
             args = tuple(arg.detach() if isinstance(arg, Tensor) else arg for arg in args)
         by_pytorch = self._by_pytorch is not None and current_backend() is None and self._by_pytorch(*args)
         if transformed() if self.detached else by_pytorch or reference_forced():
@@ -172,6 +178,7 @@ class Op:
         """Raises for arguments that the op refuses."""
         self.check_types(args)
         self._check(*args)
+        self._check_values(*args)
 
     def call(self, *args: Any) -> Any:
         """The operator, or its differentiable form where a gradient is needed, whatever is forced."""
@@ -185,6 +192,7 @@ class Op:
         if self.no_gradient is not None and self.needs_gradient(args):
             self._differentiate()
         self._check(*args)
+        self._check_values(*args)
         self._check_in_place(args)
         return (self._eager or self._reference)(*args)
 
@@ -263,6 +271,7 @@ class Op:
             args, backend = args[:-1], args[-1]
             self._check_tensors(args)
             self._check(*args)
+            self._check_values(*args)
             backend = self.choose(backend, *args)
             if backend == "reference":
                 return self._reference(*args)

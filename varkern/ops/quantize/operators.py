@@ -7,7 +7,7 @@ What they share: ``codebook`` (V, Cv), ``phi_weight`` (n, Cv, Cv, 3, 3) and ``ph
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from varkern._kept import kept
 from varkern.ops._op import Op
-from varkern.ops.backends import extension, pointer, triton_kernels
+from varkern.ops.backends import dense_last_axis, extension, pointer, triton_kernels
 from varkern.ops.quantize import reference
 from varkern.ops.quantize.checks import (
     check_backward,
@@ -127,27 +127,33 @@ def _scales(sizes: tuple[int, ...], phi_of_scale: tuple[int, ...]) -> tuple[np.n
     return schedule, schedule.ctypes.data
 
 
-def _maps(
-    codebook: Tensor,
-    phi_weight: Tensor,
-    phi_bias: Tensor,
-    ratio: float,
-    phi_of_scale: Sequence[int],
-    sizes: Sequence[int],
-    B: int,
-    H: int,
-    W: int,
-) -> tuple[int | float, ...]:
-    """The leading arguments of every launch; the tensors are contiguous."""
-    _, scales = _scales(tuple(sizes), tuple(phi_of_scale))
-    pointers = (codebook.data_ptr(), phi_weight.data_ptr(), phi_bias.data_ptr(), scales)
-    return (*pointers, phi_weight.size(0), B, *codebook.shape, H, W, len(phi_of_scale), ratio)
+class _Maps(NamedTuple):
+    """What all operators but the step share (module docstring)."""
 
+    codebook: Tensor
+    phi_weight: Tensor
+    phi_bias: Tensor
+    ratio: float
+    phi_of_scale: Sequence[int]
+    sizes: Sequence[int]
 
-def _phis(phi_weight: Tensor, phi_bias: Tensor, ratio: float, phi_of_scale: Sequence[int]) -> list[Phi]:
-    if phi_weight.size(0) == 0:
-        return [Phi(None, None, 0.0)] * len(phi_of_scale)
-    return [Phi(phi_weight[i], phi_bias[i], ratio) for i in phi_of_scale]
+    def contiguous(self) -> _Maps:
+        return _Maps(*(tensor.contiguous() for tensor in self[:3]), *self[3:])
+
+    def phis(self) -> list[Phi]:
+        if self.phi_weight.size(0) == 0:
+            return [Phi(None, None, 0.0)] * len(self.phi_of_scale)
+        return [Phi(self.phi_weight[i], self.phi_bias[i], self.ratio) for i in self.phi_of_scale]
+
+    def codes(self, indices: Tensor) -> list[Tensor]:
+        """Of the scales that have a phi: code vectors (B, Cv, h_k, w_k)."""
+        return reference.code_maps_reference(indices, self.codebook, pairs(self.sizes)[: len(self.phi_of_scale)])
+
+    def arguments(self, sizes: Sequence[int], B: int, H: int, W: int) -> tuple[int | float, ...]:
+        """The leading arguments of every launch on the CPU; the tensors are contiguous."""
+        _, scales = _scales(tuple(sizes), tuple(self.phi_of_scale))
+        pointers = (*(tensor.data_ptr() for tensor in self[:3]), scales)
+        return (*pointers, self.phi_weight.size(0), B, *self.codebook.shape, H, W, len(self.phi_of_scale), self.ratio)
 
 
 @QUANTIZE.check
@@ -163,63 +169,38 @@ def _empty_quantize(features: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 
 
 @QUANTIZE.reference
-def _quantize_reference(
-    features: Tensor,
-    codebook: Tensor,
-    phi_weight: Tensor,
-    phi_bias: Tensor,
-    ratio: float,
-    phi_of_scale: Sequence[int],
-    sizes: Sequence[int],
-    cosine: bool,
-    all_f_hats: bool,
-) -> tuple[Tensor, Tensor]:
-    phis = _phis(phi_weight, phi_bias, ratio, phi_of_scale)
+def _quantize_reference(features: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    maps, settings = _Maps(*args[:6]), args[6:]
     with torch.autocast(features.device.type, enabled=False):
-        each, maps = reference.residual_quantize_reference(features, codebook, phis, pairs(sizes), cosine, all_f_hats)
-    return torch.stack(maps).contiguous(), torch.cat(each, 1)
+        each, f_hats = reference.residual_quantize_reference(
+            features, maps.codebook, maps.phis(), pairs(maps.sizes), *settings
+        )
+    return torch.stack(f_hats).contiguous(), torch.cat(each, 1)
 
 
 @QUANTIZE.kernels
-def _launch_quantize(
-    backend: str,
-    features: Tensor,
-    codebook: Tensor,
-    phi_weight: Tensor,
-    phi_bias: Tensor,
-    ratio: float,
-    phi_of_scale: Sequence[int],
-    sizes: Sequence[int],
-    cosine: bool,
-    all_f_hats: bool,
-) -> tuple[Tensor, Tensor]:
-    bank = (codebook.contiguous(), phi_weight.contiguous(), phi_bias.contiguous(), ratio, phi_of_scale)
+def _launch_quantize(backend: str, features: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    maps, settings = _Maps(*args[:6]).contiguous(), args[6:]
     if backend == "triton":
-        indices, f_hats = triton_kernels("quantize").residual_quantize(
-            features, *bank, pairs(sizes), cosine, all_f_hats
-        )
+        launch = triton_kernels("quantize").residual_quantize
+        indices, f_hats = launch(features, *maps[:5], pairs(maps.sizes), *settings)
         return f_hats, indices
-    f_hats, indices = _empty_quantize(features, *bank, sizes, cosine, all_f_hats)
+    f_hats, indices = _empty_quantize(features, *args)
     if features.size(0):
         extension(backend).residual_quantize(
-            *_maps(*bank, sizes, features.size(0), *features.shape[2:]),
-            *(features.data_ptr(), *features.stride(), indices.data_ptr(), f_hats.data_ptr(), cosine, all_f_hats),
+            *maps.arguments(maps.sizes, features.size(0), *features.shape[2:]),
+            *(features.data_ptr(), *features.stride(), indices.data_ptr(), f_hats.data_ptr(), *settings),
         )
     return f_hats, indices
 
 
 @_BACKWARD.check
-def _check_backward(
-    grad_f_hats: Tensor,
-    indices: Tensor,
-    codebook: Tensor,
-    phi_weight: Tensor,
-    phi_bias: Tensor,
-    ratio: float,
-    phi_of_scale: Sequence[int],
-    sizes: Sequence[int],
-) -> None:
-    check_backward(grad_f_hats, indices, codebook, phi_weight, phi_bias, phi_of_scale, sizes)
+def _check_backward(grad_f_hats: Tensor, indices: Tensor, *args: Any) -> None:
+    check_backward(grad_f_hats, indices, *args[:3], *args[4:])
+
+
+@_BACKWARD.check_values
+def _check_backward_values(grad_f_hats: Tensor, indices: Tensor, codebook: Tensor, *_: object) -> None:
     check_range("residual_quantize_backward", indices, codebook.size(0))
 
 
@@ -228,34 +209,25 @@ def _empty_backward(grad_f_hats: Tensor, indices: Tensor, *args: Any) -> tuple[T
     return tuple(tensor.new_empty(tensor.shape) for tensor in args[:3])
 
 
-def _of_all_scales(grad_f_hats: Tensor, phi_of_scale: Sequence[int]) -> Tensor:
+def _of_all_scales(grad_f_hats: Tensor, K: int) -> Tensor:
     """(K, B, Cv, H, W), contiguous: zeros before the last one where that alone was given."""
-    if grad_f_hats.size(0) == len(phi_of_scale):
+    if grad_f_hats.size(0) == K:
         return grad_f_hats.contiguous()
-    return torch.cat((grad_f_hats.new_zeros(len(phi_of_scale) - 1, *grad_f_hats.shape[1:]), grad_f_hats))
+    return torch.cat((grad_f_hats.new_zeros(K - 1, *grad_f_hats.shape[1:]), grad_f_hats))
 
 
 @_BACKWARD.reference
-def _backward_reference(
-    grad_f_hats: Tensor,
-    indices: Tensor,
-    codebook: Tensor,
-    phi_weight: Tensor,
-    phi_bias: Tensor,
-    ratio: float,
-    phi_of_scale: Sequence[int],
-    sizes: Sequence[int],
-) -> tuple[Tensor, ...]:
-    grad_weight, grad_bias = torch.zeros_like(phi_weight), torch.zeros_like(phi_bias)
+def _backward_reference(grad_f_hats: Tensor, indices: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    maps = _Maps(*args)
+    grad_codebook, grad_weight, grad_bias = (torch.zeros_like(tensor) for tensor in maps[:3])
     if indices.numel() == 0:
-        return torch.zeros_like(codebook), grad_weight, grad_bias
-    phis = _phis(phi_weight, phi_bias, ratio, phi_of_scale)
-    grad_f_hats = _of_all_scales(grad_f_hats, phi_of_scale)
+        return grad_codebook, grad_weight, grad_bias
+    grad_f_hats = _of_all_scales(grad_f_hats, len(maps.phi_of_scale))
     with torch.autocast(indices.device.type, enabled=False):
         grad_codebook, grad_phis = reference.residual_quantize_backward_reference(
-            grad_f_hats, indices, codebook, phis, pairs(sizes)
+            grad_f_hats, indices, maps.codebook, maps.phis(), pairs(maps.sizes)
         )
-    for i, grad in zip(phi_of_scale, grad_phis, strict=True):
+    for i, grad in zip(maps.phi_of_scale, grad_phis, strict=True):
         if grad is not None:
             grad_weight[i] += grad[0]
             grad_bias[i] += grad[1]
@@ -263,48 +235,32 @@ def _backward_reference(
 
 
 @_BACKWARD.kernels
-def _launch_backward(
-    backend: str,
-    grad_f_hats: Tensor,
-    indices: Tensor,
-    codebook: Tensor,
-    phi_weight: Tensor,
-    phi_bias: Tensor,
-    ratio: float,
-    phi_of_scale: Sequence[int],
-    sizes: Sequence[int],
-) -> tuple[Tensor, ...]:
-    bank = (codebook.contiguous(), phi_weight.contiguous(), phi_bias.contiguous(), ratio, phi_of_scale)
+def _launch_backward(backend: str, grad_f_hats: Tensor, indices: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    maps = _Maps(*args).contiguous()
     if indices.numel() == 0:
-        return _backward_reference(grad_f_hats, indices, *bank, sizes)
-    indices, grad_f_hats = indices.contiguous(), _of_all_scales(grad_f_hats, phi_of_scale)
+        return _backward_reference(grad_f_hats, indices, *maps)
+    indices, grad_f_hats = indices.contiguous(), _of_all_scales(grad_f_hats, len(maps.phi_of_scale))
     if backend == "triton":
         # The features and f_hats of the forward pass change nothing, the codes being given.
         return triton_kernels("quantize").residual_quantize_backward(
-            grad_f_hats[0], *bank, pairs(sizes), indices, grad_f_hats, grad_f_hats
+            grad_f_hats[0], *maps[:5], pairs(maps.sizes), indices, grad_f_hats, grad_f_hats
         )
-    grads = tuple(torch.empty_like(tensor) for tensor in bank[:3])
+    grads = tuple(torch.empty_like(tensor) for tensor in maps[:3])
     extension(backend).residual_quantize_backward(
-        *_maps(*bank, sizes, indices.size(0), *grad_f_hats.shape[3:]),
+        *maps.arguments(maps.sizes, indices.size(0), *grad_f_hats.shape[3:]),
         *(indices.data_ptr(), grad_f_hats.data_ptr(), *(grad.data_ptr() for grad in grads)),
     )
     return grads
 
 
 @DEQUANTIZE.check
-def _check_dequantize(
-    indices: Tensor,
-    codebook: Tensor,
-    phi_weight: Tensor,
-    phi_bias: Tensor,
-    ratio: float,
-    phi_of_scale: Sequence[int],
-    sizes: Sequence[int],
-    H: int,
-    W: int,
-) -> None:
-    check_indices("residual_dequantize", indices, codebook, phi_weight, phi_bias, phi_of_scale, sizes)
-    check_sizes("residual_dequantize", (H, W))
+def _check_dequantize(indices: Tensor, *args: Any) -> None:
+    check_indices("residual_dequantize", indices, *args[:3], *args[4:6])
+    check_sizes("residual_dequantize", args[6:])
+
+
+@DEQUANTIZE.check_values
+def _check_dequantize_values(indices: Tensor, codebook: Tensor, *_: object) -> None:
     check_range("residual_dequantize", indices, codebook.size(0))
 
 
@@ -314,59 +270,50 @@ def _empty_dequantize(indices: Tensor, codebook: Tensor, *args: Any) -> Tensor:
 
 
 @DEQUANTIZE.reference
-def _dequantize_reference(
-    indices: Tensor,
-    codebook: Tensor,
-    phi_weight: Tensor,
-    phi_bias: Tensor,
-    ratio: float,
-    phi_of_scale: Sequence[int],
-    sizes: Sequence[int],
-    H: int,
-    W: int,
-) -> Tensor:
-    maps, phis = reference.code_maps_reference(indices, codebook, pairs(sizes)), (phi_weight, phi_bias, ratio)
+def _dequantize_reference(indices: Tensor, *args: Any) -> Tensor:
+    maps, (H, W) = _Maps(*args[:6]), args[6:]
     with torch.autocast(indices.device.type, enabled=False):
-        f_hats = reference.residual_dequantize_reference(maps, _phis(*phis, phi_of_scale), (H, W))
+        f_hats = reference.residual_dequantize_reference(maps.codes(indices), maps.phis(), (H, W))
     return torch.stack(f_hats).contiguous()
 
 
 @DEQUANTIZE.kernels
-def _launch_dequantize(
+def _launch_dequantize(backend: str, indices: Tensor, *args: Any) -> Tensor:
+    maps, size = _Maps(*args[:6]).contiguous(), args[6:]
+    if backend == "triton":
+        return triton_kernels("quantize").residual_dequantize(indices, *maps[:5], pairs(maps.sizes), *size)
+    f_hats = _empty_dequantize(indices, *args)
+    return _cpu_dequantize(backend, indices, maps, maps.sizes, size, f_hats, None)
+
+
+def _cpu_dequantize(
     backend: str,
     indices: Tensor,
-    codebook: Tensor,
-    phi_weight: Tensor,
-    phi_bias: Tensor,
-    ratio: float,
-    phi_of_scale: Sequence[int],
+    maps: _Maps,
     sizes: Sequence[int],
-    H: int,
-    W: int,
+    size: Sequence[int],
+    f_hats: Tensor | None,
+    inputs: Tensor | None,
 ) -> Tensor:
-    bank = (codebook.contiguous(), phi_weight.contiguous(), phi_bias.contiguous(), ratio, phi_of_scale)
-    if backend == "triton":
-        return triton_kernels("quantize").residual_dequantize(indices, *bank, pairs(sizes), H, W)
-    indices = indices if indices.stride(1) == 1 else indices.contiguous()
-    f_hats = _empty_dequantize(indices, *bank, sizes, H, W)
+    """Fill and return f_hats (K, B, Cv, H, W), or the inputs of the scales after each."""
+    out = f_hats if inputs is None else inputs
+    assert out is not None
     if B := indices.size(0):
+        indices = dense_last_axis(indices)
         extension(backend).residual_dequantize(
-            *_maps(*bank, sizes, B, H, W), indices.data_ptr(), indices.stride(0), f_hats.data_ptr(), 0
+            *maps.arguments(sizes, B, *size),
+            *(indices.data_ptr(), indices.stride(0), pointer(f_hats), pointer(inputs)),
         )
-    return f_hats
+    return out
 
 
 @TEACHER.check
-def _check_teacher(
-    indices: Tensor,
-    codebook: Tensor,
-    phi_weight: Tensor,
-    phi_bias: Tensor,
-    ratio: float,
-    phi_of_scale: Sequence[int],
-    sizes: Sequence[int],
-) -> None:
-    check_teacher(indices, codebook, phi_weight, phi_bias, phi_of_scale, sizes)
+def _check_teacher(indices: Tensor, *args: Any) -> None:
+    check_teacher(indices, *args[:3], *args[4:])
+
+
+@TEACHER.check_values
+def _check_teacher_values(indices: Tensor, codebook: Tensor, *_: object) -> None:
     check_range("teacher_forcing_input", indices, codebook.size(0))
 
 
@@ -377,55 +324,25 @@ def _empty_input(indices: Tensor, codebook: Tensor, *args: Any) -> Tensor:
 
 
 @TEACHER.reference
-def _teacher_reference(
-    indices: Tensor,
-    codebook: Tensor,
-    phi_weight: Tensor,
-    phi_bias: Tensor,
-    ratio: float,
-    phi_of_scale: Sequence[int],
-    sizes: Sequence[int],
-) -> Tensor:
-    maps = reference.code_maps_reference(indices, codebook, pairs(sizes)[: len(phi_of_scale)])
-    phis = _phis(phi_weight, phi_bias, ratio, phi_of_scale)
+def _teacher_reference(indices: Tensor, *args: Any) -> Tensor:
+    maps = _Maps(*args)
     with torch.autocast(indices.device.type, enabled=False):
-        return reference.teacher_forcing_input_reference(maps, phis, pairs(sizes)).contiguous()
+        inputs = reference.teacher_forcing_input_reference(maps.codes(indices), maps.phis(), pairs(maps.sizes))
+    return inputs.contiguous()
 
 
 @TEACHER.kernels
-def _launch_teacher(
-    backend: str,
-    indices: Tensor,
-    codebook: Tensor,
-    phi_weight: Tensor,
-    phi_bias: Tensor,
-    ratio: float,
-    phi_of_scale: Sequence[int],
-    sizes: Sequence[int],
-) -> Tensor:
-    bank = (codebook.contiguous(), phi_weight.contiguous(), phi_bias.contiguous(), ratio, phi_of_scale)
+def _launch_teacher(backend: str, indices: Tensor, *args: Any) -> Tensor:
+    maps = _Maps(*args).contiguous()
     if backend == "triton":
-        return triton_kernels("quantize").teacher_forcing_input(indices, *bank, pairs(sizes))
-    indices = indices if indices.stride(1) == 1 else indices.contiguous()
-    out = _empty_input(indices, *bank, sizes)
-    if indices.size(0):
-        extension(backend).residual_dequantize(
-            *_maps(*bank, sizes[: 2 * len(phi_of_scale) + 2], indices.size(0), *sizes[-2:]),
-            *(indices.data_ptr(), indices.stride(0), 0, out.data_ptr()),
-        )
-    return out
+        return triton_kernels("quantize").teacher_forcing_input(indices, *maps[:5], pairs(maps.sizes))
+    sizes, size = maps.sizes[: 2 * len(maps.phi_of_scale) + 2], maps.sizes[-2:]
+    return _cpu_dequantize(backend, indices, maps, sizes, size, None, _empty_input(indices, *args))
 
 
 @STEP.check
-def _check_step(
-    f_hat: Tensor,
-    codes: Tensor,
-    phi_weight: Tensor | None,
-    phi_bias: Tensor | None,
-    ratio: float,
-    following: Sequence[int],
-) -> None:
-    check_step(f_hat, codes, phi_weight, phi_bias, following)
+def _check_step(*args: Any) -> None:
+    check_step(*args[:4], args[5])
 
 
 @STEP.empty
@@ -435,32 +352,19 @@ def _empty_step(f_hat: Tensor, *args: Any) -> Tensor:
 
 
 @STEP.reference
-def _step_reference(
-    f_hat: Tensor,
-    codes: Tensor,
-    phi_weight: Tensor | None,
-    phi_bias: Tensor | None,
-    ratio: float,
-    following: Sequence[int],
-) -> Tensor:
+def _step_reference(f_hat: Tensor, *args: Any) -> Tensor:
+    codes, weight, bias, ratio, following = args
     size = (following[0], following[1]) if following else None
     with torch.autocast(f_hat.device.type, enabled=False):
-        _, out = reference.next_scale_input_reference(f_hat, codes, Phi(phi_weight, phi_bias, ratio), size)
+        _, out = reference.next_scale_input_reference(f_hat, codes, Phi(weight, bias, ratio), size)
     return out.contiguous() if following else f_hat.new_empty(0)
 
 
 @STEP.kernels
-def _launch_step(
-    backend: str,
-    f_hat: Tensor,
-    codes: Tensor,
-    phi_weight: Tensor | None,
-    phi_bias: Tensor | None,
-    ratio: float,
-    following: Sequence[int],
-) -> Tensor:
-    weight = None if phi_weight is None else phi_weight.contiguous()
-    bias = None if phi_bias is None else phi_bias.contiguous()
+def _launch_step(backend: str, f_hat: Tensor, *args: Any) -> Tensor:
+    codes, weight, bias, ratio, following = args
+    if weight is not None and bias is not None:
+        weight, bias = weight.contiguous(), bias.contiguous()
     if backend == "triton":
         size = (following[0], following[1]) if following else None
         out = triton_kernels("quantize").next_scale_input(f_hat, codes, weight, bias, ratio, size)
