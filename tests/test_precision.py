@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import varkern
-from varkern.ops import _precision, conv, quantize_reference
+from varkern.ops import _precision, conv
+from varkern.ops.quantize import reference as quantize_reference
 from varkern.ops._precision import full_float32, full_float32_of
 
 

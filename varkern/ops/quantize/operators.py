@@ -138,7 +138,8 @@ class _Maps(NamedTuple):
     sizes: Sequence[int]
 
     def contiguous(self) -> _Maps:
-        return _Maps(*(tensor.contiguous() for tensor in self[:3]), *self[3:])
+        codebook, phi_weight, phi_bias = (tensor.contiguous() for tensor in self[:3])
+        return self._replace(codebook=codebook, phi_weight=phi_weight, phi_bias=phi_bias)
 
     def phis(self) -> list[Phi]:
         if self.phi_weight.size(0) == 0:
@@ -341,8 +342,9 @@ def _launch_teacher(backend: str, indices: Tensor, *args: Any) -> Tensor:
 
 
 @STEP.check
-def _check_step(*args: Any) -> None:
-    check_step(*args[:4], args[5])
+def _check_step(f_hat: Tensor, codes: Tensor, *args: Any) -> None:
+    weight, bias, _, following = args
+    check_step(f_hat, codes, weight, bias, following)
 
 
 @STEP.empty
