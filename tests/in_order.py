@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from varkern.ops._library import reference_forced
+from varkern.ops import reference_forced
 
 aten = torch.ops.aten
 RUN = 64

@@ -17,7 +17,7 @@ from torch import Tensor
 from varkern.models import VQVAE
 from varkern.modules import autoencoder
 from varkern.ops import (
-    _library,
+    backends,
     group_norm_affine,
     group_norm_affine_reference,
     group_norm_silu,
@@ -76,7 +76,7 @@ def check(inputs: tuple[Tensor, Tensor, Tensor, int, float]) -> None:
     x, coefficients = inputs[0], exact_coefficients(*inputs)
     # With coefficients in float32 whatever the mean is of is rounded: a multiplier three times, an offset five.
     of_the_mean = float((x.double() * coefficients[0][..., None, None]).abs().max())
-    library = 16 * of_the_mean if _library.reference_forced() else 0.0  # which may apply coefficients, too
+    library = 16 * of_the_mean if backends.reference_forced() else 0.0  # which may apply coefficients, too
     for silu in (True, False):
         got = group_norm_silu(*inputs, silu)
         assert got.stride() == x.stride()
@@ -119,7 +119,7 @@ def test_value(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype,
 @formats
 @pytest.mark.parametrize("offset", [3.0, -30.0, 1000.0])
 def test_means_of_many_deviations(device: torch.device, layout: torch.memory_format, offset: float) -> None:
-    if _library.reference_forced():
+    if backends.reference_forced():
         pytest.skip("PyTorch's own kernels may lose the square of the mean, each in its way")
     inputs = arguments((2, 64, 17, 16, 8), device, layout=layout, offset=offset)
     check(inputs)
@@ -134,7 +134,7 @@ def test_means_of_many_deviations(device: torch.device, layout: torch.memory_for
 @formats
 def test_statistics_of_uneven_images(device: torch.device, layout: torch.memory_format) -> None:
     """What a kernel may take for typical is not: pixels in a grid, the upper half, the border; and constant groups."""
-    if _library.reference_forced():
+    if backends.reference_forced():
         pytest.skip("PyTorch's own kernels may lose the square of the mean, each in its way")
     x, *others = arguments((4, 16, 40, 32, 4), device, layout=layout)
     x[0, :, :, ::4] += 1000.0
@@ -209,7 +209,7 @@ def test_no_batch(device: torch.device) -> None:
 def test_an_image_does_not_depend_on_its_batch(device: torch.device) -> None:
     x, *others = arguments((3, 32, 9, 9, 8), device, layout=torch.channels_last)
     whole = group_norm_silu(x, *others)
-    if not _library.reference_forced():
+    if not backends.reference_forced():
         assert torch.equal(group_norm_silu(x[1:2], *others), whole[1:2])
 
 
@@ -230,7 +230,7 @@ def test_the_number_of_threads_does_not_change_a_bit(layout: torch.memory_format
 
 @formats
 def test_opcheck(device: torch.device, layout: torch.memory_format) -> None:
-    ops, backend = torch.ops.varkern, _library.current_backend()
+    ops, backend = torch.ops.varkern, backends.current_backend()
     inputs = arguments((2, 12, 3, 5, 3), device, torch.float16, layout)
     torch.library.opcheck(ops.group_norm_silu.default, (*inputs, True, backend))
     torch.library.opcheck(ops.group_norm_affine.default, (*inputs, backend))
@@ -243,7 +243,7 @@ def test_opcheck(device: torch.device, layout: torch.memory_format) -> None:
 )
 @formats
 def test_compile_fullgraph(device: torch.device, layout: torch.memory_format, compiler: str) -> None:
-    if compiler == "inductor" and _library.current_backend() != "cpu":
+    if compiler == "inductor" and backends.current_backend() != "cpu":
         pytest.skip("what the compiler makes of it does not depend on the backend")
 
     def step(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
@@ -287,7 +287,7 @@ def test_gradients_are_refused(device: torch.device, op) -> None:
     direct = getattr(torch.ops.varkern, op.__name__)
     extra = (True,) if op is group_norm_silu else ()
     with pytest.raises(RuntimeError, match=message):
-        direct(*leaves, *extra, _library.current_backend())
+        direct(*leaves, *extra, backends.current_backend())
     want = op(*inputs)
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
