@@ -45,7 +45,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
-# Element types the kernels take, with the codes of csrc/varkern.h.
+# Element types the kernels take, with the codes of csrc/ops/arguments.h.
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 library = torch.library.Library("varkern", "DEF")

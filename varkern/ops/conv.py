@@ -213,7 +213,7 @@ def _conv3x3(
         *(x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr()),
         *((0, 0) if affine is None else (affine[0].data_ptr(), affine[1].data_ptr())),
         *(0 if residual is None else residual.data_ptr(), out.data_ptr()),
-        *(B, H, W, C, weight.size(0), weight.stride(), upsample),
+        *(B, H, W, C, weight.size(0), *weight.stride(), upsample),
     )
     return out
 
