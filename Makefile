@@ -3,6 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+OLDER_TRITON := .venv/triton-3.6
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
 .PHONY: demo test compat bench lint gpu gpu-rehearsal
@@ -12,7 +13,7 @@ demo: $(INSTALLED)
 	$(BIN)/python -m varkern.demo --out out/demo
 
 # A process a core, each on one thread.
-test: $(INSTALLED)
+test: $(INSTALLED) $(OLDER_TRITON)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses=8
 
 # Before a release: the last commit under other releases of PyTorch and Triton. Downloads gigabytes into .compat/.
@@ -36,6 +37,11 @@ $(INSTALLED): $(BUILD_INPUTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
+
+# Kernels are compiled ahead of time with this Triton too. It has wheels for Linux alone.
+$(OLDER_TRITON): $(INSTALLED)
+	test "$$(uname)" != Linux || test -d $@ || \
+	  $(BIN)/python -m pip install --disable-pip-version-check --no-deps --target $@ triton==3.6.0
 
 # Three calls of at most eight minutes, PARTS="build test", "build ops", "build generation", and "build sanitize"; results
 # also go to the folder GPU_OUT.

@@ -61,7 +61,7 @@ BARS = (
     Bar("quantizer", "cpu", TEACHER, "teacher_forcing 256px-B8", "speedup", 3.0),
     Bar("quantizer", "cpu", TRAIN, "training 256px-B1", "speedup", 2.0),
     Bar("quantizer", "cpu", TRAIN, "training 256px-B8", "speedup", 2.0),
-    # Four times the float32 floor of 215 µs (docs/performance.md).
+    # Four times the float32 floor of 215 µs (docs/ops/quantize.md).
     Bar("quantizer", "cuda", ENCODE, "encode 256px-B64", "seconds", 0.86e-3),
     # The attention of training.
     *(

@@ -14,7 +14,7 @@ import shapes
 import torch
 from torch import Tensor
 
-from varkern.models.schedule import as_sizes, phi_index
+from varkern.modules.schedule import as_sizes, phi_index
 from varkern.ops import quantize as ops
 from varkern.ops.quantize import Phi, Size
 

@@ -1,8 +1,9 @@
-"""Pictures and the table of a recorded run: python benchmarks/plot.py benchmarks/results/<device>.json
+"""Pictures and the tables of a recorded run: python benchmarks/plot.py benchmarks/results/<device>.json
 
 Draws <device>-speedup.png, <device>-scaling.png and <device>-roofline.png into docs/images/benchmarks (--out FOLDER);
---markdown README.md docs/performance.md also renews the tables there, between the comments "benchmarks: begin" and
-"benchmarks: end" (every case) or "benchmarks-summary: begin" and its end.
+--markdown README.md docs/performance.md docs/engine.md docs/ops/*.md also renews the tables of those pages, of this
+run and of those of other devices beside it, between the comments "benchmarks-norm: begin" and "benchmarks-norm: end"
+(every case of bench_norm.py), "benchmarks-summary: begin" and its end, or "benchmarks: begin" and its end.
 """
 
 from __future__ import annotations
@@ -159,7 +160,7 @@ def main(argv: list[str] | None = None) -> None:
     for path in draw(result, options.out, options.result.stem):
         print(path)
     for page in options.markdown:
-        record.fill(page, result)
+        record.fill(page, record.all_recorded(result))
         print(page)
 
 

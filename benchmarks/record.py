@@ -240,66 +240,90 @@ def ours(result: Result) -> list[Row]:
 
 def not_faster(result: Result) -> list[str]:
     """Where the reference is as fast as varkern or faster."""
+    return _not_faster(ours(result))
+
+
+def _not_faster(rows: Iterable[Row]) -> list[str]:
     lines = []
-    for row in ours(result):
+    for row in rows:
         if row["speedup"] <= 1:
             lines.append(f"{row['group']}, {row['name']}: {row['speedup']:.2f}x {row['baseline']}")
     return lines
 
 
-def markdown(result: Result) -> str:
-    """Median times and speed-ups against the baseline of every comparison, peaks of memory, and what is not faster."""
-    groups = comparisons(result)
-    lines = [_provenance(result), "", "| | case | baseline | varkern | speed-up |", "|---|---|---|---|---|"]
-    shown = None
-    for row in ours(result):
-        group = row["group"]
-        first, shown = (group if group != shown else ""), group
-        lines.append(f"| {first} | {row['name']} | {_times(row, groups)} | {_speedup(row)} |")
-    memory = [(rows[0], rows[-1]) for rows in groups.values() if rows[0]["median_s"] is None and len(rows) > 1]
-    memory = [pair for pair in memory if pair[0]["peak_bytes"]]
-    if memory:
-        lines += ["", "| peak memory, inputs and weights excluded | reference | varkern | |", "|---|---|---|---|"]
-        for base, row in memory:
-            peaks = f"{bytes_(base['peak_bytes'])} | {bytes_(row['peak_bytes'])}"
-            lines.append(f"| {row['name']} | {peaks} | {row['peak_bytes'] / base['peak_bytes']:.0%} |")
-    return "\n".join([*lines, "", _losses(result)])
-
-
-def summary(result: Result) -> str:
-    """A line for each case of what users run, and one for each group of an op: how many cases, from what to what."""
-    groups, chosen = comparisons(result), ours(result)
-    lines = [_provenance(result), "", "| | baseline | varkern | speed-up |", "|---|---|---|---|"]
-    for row in chosen:
-        if row["file"] in END_TO_END:
-            lines.append(f"| {row['group']}: {row['name']} | {_times(row, groups)} | {_speedup(row)} |")
-    for group in dict.fromkeys(row["group"] for row in chosen if row["file"] not in END_TO_END + ELSEWHERE):
-        rows = [row for row in chosen if row["group"] == group]
-        low, high = min(row["speedup"] for row in rows), max(row["speedup"] for row in rows)
-        span = f"{low:.2f}" if len(rows) == 1 else f"{low:.2f}–{high:.2f}"
-        bases = ", ".join(dict.fromkeys(row["baseline"] for row in rows))
-        lines.append(f"| {group} | {bases} | {len(rows)} case{'s' * (len(rows) > 1)} | {span} |")
-    return "\n".join([*lines, "", _losses(result)])
-
-
-# What users run, and what is shown as a picture.
+# What users run: shown case by case. What has tables and pictures of its own: not among the groups.
 END_TO_END = ("bench_generate.py", "bench_tokenizer.py", "bench_training.py")
 ELSEWHERE = ("bench_scaling.py",)
 
 
+def summary(result: Result) -> str:
+    """A line for each case of what users run, and one for each group of an op: how many cases, from what to what."""
+    return "\n".join([*_summary(result), "", _losses(ours(result))])
+
+
+def overview(result: Result) -> str:
+    """The summary, with the peaks of memory."""
+    return "\n".join([*_summary(result), *_memory(comparisons(result)), "", _losses(ours(result))])
+
+
+def cases(result: Result, file: str) -> str:
+    """Every case of one benchmark file: median times, speed-ups against the baseline, and the share of the floor."""
+    rows = [row for row in ours(result) if row["file"] == file]
+    groups = {key: rows for key, rows in comparisons(result).items() if rows[0]["file"] == file}
+    if not groups:
+        return f"{_provenance(result)} {file} has not run there."
+    lines = [_provenance(result)]
+    if rows:
+        lines += [
+            "",
+            "| | case | baseline | varkern | speed-up | of the floor | commit |",
+            "|---|---|---|---|---|---|---|",
+        ]
+    shown = None
+    for row in rows:
+        first, shown = (row["group"] if row["group"] != shown else ""), row["group"]
+        share = f"{row['fraction']:.0%}" if row["fraction"] else ""
+        times = f"{_times(row, groups)} | {_speedup(row)}"
+        lines.append(f"| {first} | {row['name']} | {times} | {share} | {row['commit']} |")
+    lines += _memory(groups)
+    return "\n".join([*lines, "", _losses(rows)] if rows else lines)
+
+
+def _summary(result: Result) -> list[str]:
+    groups, chosen = comparisons(result), ours(result)
+    lines = [_provenance(result), "", "| | baseline | varkern | speed-up | commit |", "|---|---|---|---|---|"]
+    for row in chosen:
+        if row["file"] in END_TO_END:
+            name = f"{row['group']}: {row['name']}"
+            lines.append(f"| {name} | {_times(row, groups)} | {_speedup(row)} | {row['commit']} |")
+    for group in dict.fromkeys(row["group"] for row in chosen if row["file"] not in END_TO_END + ELSEWHERE):
+        rows = [row for row in chosen if row["group"] == group]
+        low, high = min(row["speedup"] for row in rows), max(row["speedup"] for row in rows)
+        span = f"{low:.2f}" if len(rows) == 1 else f"{low:.2f}–{high:.2f}"
+        bases, commits = (", ".join(dict.fromkeys(row[what] for row in rows)) for what in ("baseline", "commit"))
+        lines.append(f"| {group} | {bases} | {len(rows)} case{'s' * (len(rows) > 1)} | {span} | {commits} |")
+    return lines
+
+
+def _memory(groups: dict[tuple[str, str], list[Row]]) -> list[str]:
+    """The table of peaks, or nothing where none was measured."""
+    pairs = [(rows[0], rows[-1]) for rows in groups.values() if rows[0]["median_s"] is None and len(rows) > 1]
+    pairs = [pair for pair in pairs if pair[0]["peak_bytes"]]
+    if not pairs:
+        return []
+    head = "| peak memory, inputs and weights excluded | reference | varkern | share | commit |"
+    lines = ["", head, "|---|---|---|---|---|"]
+    for base, row in pairs:
+        peaks = f"{bytes_(base['peak_bytes'])} | {bytes_(row['peak_bytes'])}"
+        lines.append(f"| {row['name']} | {peaks} | {row['peak_bytes'] / base['peak_bytes']:.0%} | {row['commit']} |")
+    return lines
+
+
 def _provenance(result: Result) -> str:
     versions = result["versions"]
-    files: dict[str, list[str]] = {}
-    for row in result["rows"]:
-        names = files.setdefault(row["commit"], [])
-        name = row["file"].removeprefix("bench_").removesuffix(".py")
-        if name not in names:
-            names.append(name)
-    commits = "; ".join(f"{commit} ({', '.join(names)})" for commit, names in files.items())
     return (
-        f"{result['device']}; torch {versions['torch']}, Python {versions['python']}. Measured at commit {commits}; "
-        f"last {result['date'][:10]} by `{result['command']}`. Speed-up: median over interleaved rounds, with "
-        "quartiles."
+        f"{result['device']}; torch {versions['torch']}, Python {versions['python']}; last measured "
+        f"{result['date'][:10]}. Speed-up: median over interleaved rounds, with quartiles."
     )
 
 
@@ -313,27 +337,50 @@ def _speedup(row: Row) -> str:
     return f"{row['speedup']:.2f} ({slow:.2f}–{fast:.2f})"
 
 
-def _losses(result: Result) -> str:
-    losses = not_faster(result)
+def _losses(rows: Iterable[Row]) -> str:
+    losses = _not_faster(rows)
     return "Not faster than the baseline: " + ("; ".join(losses) if losses else "none of these") + "."
 
 
-def fill(path: Path, result: Result) -> None:
-    """Write the tables into the places that a file has for them: "benchmarks" for all, "benchmarks-summary"."""
-    content = path.read_text(encoding="utf-8")
-    tables = {"benchmarks": markdown, "benchmarks-summary": summary}
-    markers = [marker for marker in tables if f"<!-- {marker}: begin" in content]
-    for marker in markers or ["benchmarks"]:
-        replace_between(path, marker, tables[marker](result))
+def all_recorded(new: Result | None = None) -> list[Result]:
+    """The results in the folder of results, with ``new`` in the place of that of its device."""
+    found = [result for path in sorted(RESULTS.glob("*.json")) if (result := read(path)) is not None]
+    if new is None:
+        return found
+    return [*(result for result in found if result["device"] != new["device"]), new]
 
 
-def replace_between(path: Path, marker: str, text: str) -> None:
-    """Put text between the comments ``<!-- marker: begin -->`` and ``<!-- marker: end -->`` of a file."""
-    content = path.read_text(encoding="utf-8")
-    pattern = re.compile(rf"(<!-- {marker}: begin[^>]*-->\n).*?(<!-- {marker}: end -->)", re.DOTALL)
-    changed, count = pattern.subn(lambda found: f"{found[1]}{text}\n{found[2]}", content)
-    if count != 1:
-        raise ValueError(f"{path} has no place for a table: write <!-- {marker}: begin --> and <!-- {marker}: end -->")
+# The places of a page: "benchmarks" has the overview, "benchmarks-summary" the summary, "benchmarks-norm" every case of
+# bench_norm.py.
+_PLACE = re.compile(r"(<!-- (benchmarks[\w-]*): begin[^>]*-->\n)(.*?)(<!-- (benchmarks[\w-]*): end -->)", re.DOTALL)
+
+
+def fill(path: Path, results: Iterable[Result]) -> None:
+    """Write the tables of results, one device after another, into the places that a page has for them."""
+    changed = filled(path, results)
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    partial.write_text(changed, encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        partial.write_text(changed, encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def filled(path: Path, results: Iterable[Result]) -> str:
+    """The text of a page with its tables made anew; raises ValueError where it has no place for any."""
+    results, content = list(results), path.read_text(encoding="utf-8")
+
+    def replace(found: re.Match[str]) -> str:
+        begin, marker, _, end, closed = found.groups()
+        if marker != closed:
+            raise ValueError(f"{path}: the place {marker} ends with {closed}; write <!-- {marker}: end -->")
+        kind = marker.removeprefix("benchmarks").removeprefix("-")
+        make = {"": overview, "summary": summary}.get(kind, lambda result: cases(result, f"bench_{kind}.py"))
+        return begin + "\n\n".join(map(make, results)) + "\n" + end
+
+    changed, count = _PLACE.subn(replace, content)
+    if not count:
+        raise ValueError(
+            f"{path} has no place for a table: write <!-- benchmarks: begin --> and <!-- benchmarks: end -->"
+        )
+    return changed

@@ -6,10 +6,10 @@ from typing import TypeVar
 
 from measure import settings
 
+from varkern.modules.schedule import PATCH_NUMS_256, PATCH_NUMS_512
+
 _Table = TypeVar("_Table", dict, list)
 
-PATCH_NUMS_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
-PATCH_NUMS_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
 PATCH_NUMS_1024 = (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64)
 # What whole images are made of; in a smoke run 64 px.
 PATCH_NUMS = (1, 2, 3, 4) if settings.smoke else PATCH_NUMS_256

@@ -172,12 +172,14 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError("--device cuda: torch sees no CUDA device here; leave it out")
     name = measure.file_name(measure.device_name(torch.device(device_type)))
     out = options.out or (None if options.smoke else record.RESULTS / f"{name}.json")
-    # Both are read first: a file that cannot be read is better known before ten minutes of measuring.
+    # All are read first: a file that cannot be read is better known before ten minutes of measuring.
     recorded = None if out is None else record.read(out)
     against = recorded if options.against is None else record.read(options.against)
     if options.against is not None and against is None:
         raise ValueError(f"--against {options.against}: there is no such file")
     files(options.only)
+    for page in options.markdown:
+        record.filled(page, ())
     result = collect(options, device_type)
     report = [record.table(result)]
     losses = record.not_faster(result)
@@ -191,8 +193,8 @@ def run(options: argparse.Namespace) -> int:
         record.write(out, kept)
         report += [f"\nwritten to {out}"]
     for page in options.markdown:
-        record.fill(page, kept)
-        report += [f"table in {page}"]
+        record.fill(page, record.all_recorded(kept))
+        report += [f"tables in {page}"]
     report += ["", bars.table(kept)]
     for title, lines in (("not run", result["not_run"]), ("failed", result["failures"])):
         if lines:

@@ -37,6 +37,9 @@ from .quantize_search import MARGIN, PREPARE_BLOCK, float32_score, largest, prep
 
 _BLOCK_V = 32  # codes scored at a time
 _WARPS = 8
+# For the first launch on sm_80 the ptxas of Triton 3.6 aims at 80 registers a thread and spills two; told any limit,
+# here the hardware's own, it takes the 98 that it needs.
+_FIRST_REGISTERS = 255
 # Programs that a search is split into where positions alone are fewer: about one for each multiprocessor.
 _SEARCH_PROGRAMS = 128
 
@@ -291,6 +294,7 @@ def residual_quantize(
             MARGIN=MARGIN,
             PRECISION=PRECISION,
             num_warps=_WARPS,
+            maxnreg=None if k else _FIRST_REGISTERS,
             enable_fp_fusion=True,
         )
         first += h * w
@@ -307,7 +311,9 @@ def _scale_case(Cv: int, BLOCK_N: int, cosine: bool = False, phi: bool = True, *
     constexprs: dict[str, object] = {**blocks(Cv), "BLOCK_N": BLOCK_N, "BLOCK_V": _BLOCK_V}
     constexprs |= {name: parts.get(name, True) for name in ("UPDATE", "UP", "F_HAT", "NEAREST", "DOWN")}
     constexprs |= {"PHI": phi, "COSINE": cosine, "MARGIN": MARGIN, "PRECISION": PRECISION}
-    return Case(scale_kernel, _SCALE, constexprs, _WARPS, tuple(name for name in _SCALE if name.startswith("p_")))
+    aligned = tuple(name for name in _SCALE if name.startswith("p_"))
+    registers = None if constexprs["UPDATE"] else _FIRST_REGISTERS
+    return Case(scale_kernel, _SCALE, constexprs, _WARPS, aligned, maxnreg=registers)
 
 
 CASES = [

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import varkern
-from varkern.models import autoencoder, quantizer
+from varkern.modules import autoencoder, quantizer
 
 
 def resnet_block(self, x: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ SOURCES = sorted(p.relative_to(ROOT).as_posix() for d in ("varkern", "kernels") 
 # A module under construction follows the defaults, as those of torch.nn do: its parameters and buffers do, and this,
 # which draws them.
 CONSTRUCTION = ("Parameter", "register_buffer")
-EXCEPTIONS = {("varkern/models/var.py", "torch.empty(*shape)")}
+EXCEPTIONS = {("varkern/modules/transformer.py", "torch.empty(*shape)")}
 
 
 def unnamed(source: str) -> Iterator[tuple[int, str]]:

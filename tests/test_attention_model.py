@@ -54,7 +54,7 @@ def test_forward_and_every_gradient_equal_the_masked_ones(l2_norm: bool, shared_
 
 def test_training_runs_the_fused_op_and_makes_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     var, calls = model(), []
-    import varkern.models.blocks as blocks
+    import varkern.modules.blocks as blocks
     from varkern.ops import attention_reference
 
     def masks(*args: object) -> None:

@@ -2,56 +2,18 @@
 
 from __future__ import annotations
 
-import copy
-import importlib
 import json
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from planted_rows import BENCHMARKS, bars, gpu, measure, module, record, result, row, suite
 
 from varkern import cli
-
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-
-
-def module(name: str) -> ModuleType:
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-
-
-bars, gpu, measure, record, suite = map(module, ("bars", "gpu", "measure", "record", "suite"))
-
-
-def row(name: str = "encode 256px-B1", provider: str = "varkern", **changes: Any) -> dict[str, Any]:
-    """A row with a spread of 4 %, at half the floor, twice as fast as the reference."""
-    time = changes.pop("median_s", 1e-3 if provider == "varkern" else 2e-3)
-    speedup = changes.pop("speedup", 2.0 if provider == "varkern" else 1.0)
-    return {
-        **{"file": "bench_quantize.py", "group": bars.ENCODE, "name": name, "provider": provider},
-        **{"baseline": "reference", "shape": [1, 32, 16, 16], "dtype": "float32", "commit": "0" * 9},
-        **{"median_s": time, "quartiles_s": [0.98 * time, 1.02 * time], "rounds": 60, "facts": {}},
-        **{"speedup": speedup, "speedup_quartiles": [0.98 * speedup, 1.02 * speedup]},
-        **{"gb_s": 0.1, "gflop_s": 50.0, "floor_s": time / 2, "fraction": 0.5, "peak_bytes": None},
-        **{"ceilings": [20.0, 100.0], **changes},
-    }
-
-
-def result(*rows: dict[str, Any], device_type: str = "cpu", **changes: Any) -> dict[str, Any]:
-    return {
-        **{"schema": 1, "device": "some CPU, avx2, 2 threads", "device_type": device_type, "versions": {}},
-        **{"commit": "0" * 40, "command": "varkern bench", "date": "2026-01-01T00:00:00+00:00"},
-        **{"rows": list(rows), "failures": [], "not_run": [], **changes},
-    }
-
 
 # --- the whole suite, tiny ------------------------------------------------------------------------------------------
 
@@ -428,34 +390,3 @@ def test_parts_run_in_order_and_one_that_fails_keeps_none_back(
     assert gpu.main(["--parts", "ops test"]) == 1
     assert ran == ["test", "bench", "bars"]
     assert "FAILED" in capsys.readouterr().out
-
-
-# --- the table ------------------------------------------------------------------------------------------------------
-
-
-def test_markdown_has_gains_losses_and_memory(tmp_path: Path) -> None:
-    slow = row("small", speedup=0.8)
-    memory = [
-        {**row("peak x", provider, group=bars.MEMORY), **record.UNTIMED, "peak_bytes": peak << 20}
-        for provider, peak in (("reference", 100), ("varkern", 60))
-    ]
-    found = result(row(provider="reference"), row(), row("small", "reference"), slow, *memory)
-    found["versions"] = {"torch": "2.11", "python": "3.12"}
-    text = record.markdown(found)
-    assert f"| {bars.ENCODE} | encode 256px-B1 | 2 ms (reference) | 1 ms | 2.00 (1.96–2.04) |" in text
-    assert "| peak x | 100 MiB | 60 MiB | 60% |" in text
-    assert f"Not faster than the baseline: {bars.ENCODE}, small: 0.80x reference." in text
-    page = tmp_path / "page.md"
-    page.write_text("above\n<!-- benchmarks: begin -->\nold\n<!-- benchmarks: end -->\nbelow\n")
-    record.replace_between(page, "benchmarks", text)
-    again = copy.copy(page.read_text())
-    record.replace_between(page, "benchmarks", text)
-    assert page.read_text() == again
-    assert again.startswith("above\n<!-- benchmarks: begin -->\nsome CPU")
-    assert "old" not in again
-    page.write_text("nothing here")
-    with pytest.raises(ValueError, match="has no place for a table"):
-        record.fill(page, found)
-    page.write_text("<!-- benchmarks-summary: begin -->\n<!-- benchmarks-summary: end -->\n")
-    record.fill(page, found)
-    assert f"| {bars.ENCODE} | reference | 2 cases | 0.80–2.00 |" in page.read_text()

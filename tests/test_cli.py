@@ -120,7 +120,7 @@ def test_class_names_of_the_checkpoint(run, tiny, tmp_path):
     arguments = ["sample", "--checkpoint", named, "--class", "Cat 2,3,4", "--seed", 0, "--out", "s"]
     assert run(*arguments, model=False)[0] == 0
     assert [path.stem for path in sorted(Path("s").glob("*.png"))] == ["00000_class2", "00001_class9", "00002_class4"]
-    for content, sentence in (("{", "classes.json is not JSON"), ('["a"]', "must be a list of 10 names")):
+    for content, sentence in (("{", "classes.json is not JSON"), ('["a"]', "must be a JSON list of 10 names")):
         (named / "classes.json").write_text(content)
         status, _, err = run(*arguments, model=False)
         assert (status, sentence in err) == (2, True)
@@ -169,10 +169,10 @@ def test_reconstruct_pairs_originals_with_results(run, picture):
 
 def test_held_out_digits_are_real_balanced_and_of_the_held_out_part():
     pytest.importorskip("sklearn", reason="scikit-learn carries the digits")
-    from varkern.train.config import DataConfig
-    from varkern.train.data import load_split
+    from varkern.data.config import DataConfig
+    from varkern.data.datasets import held_out_digits, load_split
 
-    digits, labels = images.held_out_digits(25, 32, 1)
+    digits, labels = held_out_digits(25, 32, 1)
     assert labels == [*range(10), *range(10), *range(5)]
     train, held_out = load_split(DataConfig(data="digits", image_size=32, channels=1))
     held = torch.stack([held_out[i][0] for i in range(len(held_out))])
@@ -298,7 +298,7 @@ ERRORS = {
     "out is a file": (["sample", "--out", "notes"], "--out notes is a file"),
     "no such image": (["reconstruct", "none.png"], "there is no image file none.png"),
     "not an image": (["reconstruct", "notes"], "notes cannot be read as an image"),
-    "digits with another model": (["reconstruct"], "name the image files to reconstruct"),
+    "digits with another model": (["reconstruct"], "there is nothing to reconstruct: name image files"),
     "no region": (["edit", "photo.png"], "name the region by either --box T,L,B,R or --mask FILE"),
     "two regions": (["edit", "photo.png", "--box", "0,0,1,1", "--mask", "m.png"], "not both"),
     "box of three": (["edit", "photo.png", "--box", "0,0,1"], "give four fractions TOP,LEFT,BOTTOM,RIGHT"),
@@ -330,7 +330,7 @@ def test_errors_are_one_line_and_status_2(run, picture, arguments, sentence):
         (["sample", "--checkpoint", "broken.safetensors"], "broken.safetensors is neither a whole safetensors file"),
         (["sample", "--checkpoint", "broken.safetensors", "--vae", "broken.safetensors"], "broken.safetensors"),
         (["reconstruct", "photo.png", "--vae", "missing.pth"], "there is no checkpoint file missing.pth"),
-        (["sample", "--device", "fridge"], "--device fridge is no device of torch"),
+        (["sample", "--device", "fridge"], "--device fridge is not a device of torch"),
         (["train-tokenizer", "--data", "digits"], "required: --out"),
         (["train-tokenizer", "--data", "digits", "--out", "o", "--ch", "33"], "ch is 33"),
         (["train", "--data", "d", "--out", "o", "--tokenizer", "t", "--vocab-size", "1"], "unrecognized arguments"),

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from varkern.train.config import DataConfig
-from varkern.train.data import Digits, ImageFolder, batches, epoch_order, load_split, stratified_split
+from varkern.data.config import DataConfig
+from varkern.data.datasets import Digits, ImageFolder, batches, epoch_order, load_split, stratified_split
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from tiny_model import save_tiny
 
 import varkern
 from varkern import demo, images
+from varkern.data.datasets import held_out_digits
 
 NAMES = ["samples.png", "scales.png", "reconstruction.png", "inpainting.png"]
 
@@ -80,7 +81,7 @@ def test_inpainting_shows_the_hole_and_what_fills_it(made, tiny):
 def test_real_digits_are_shown_where_asked_for(tiny, tmp_path, capsys):
     pytest.importorskip("sklearn", reason="scikit-learn carries the digits")
     demo.run(tmp_path, str(tiny), device="cpu", digits=True)
-    digits, labels = images.held_out_digits(10, 32, 1)
+    digits, labels = held_out_digits(10, 32, 1)
     assert labels == list(range(10))
     picture = np.asarray(Image.open(tmp_path / "reconstruction.png"))
     assert shows(picture, (digits[4] + 1) / 2)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import varkern
-from varkern.models.blocks import AdaLNBeforeHead, AdaLNSelfAttn, SelfAttention
+from varkern.modules.blocks import AdaLNBeforeHead, AdaLNSelfAttn, SelfAttention
 
 LABELS = torch.tensor([1, 4])
 
@@ -270,6 +270,12 @@ class TestChanges:
         assert len(calls) == 2 * 4 * 2
         var(LABELS, torch.randn(2, var.L - 1, var.Cvae))
         assert all(type(bias) is Tensor for bias in calls[-2:])
+
+    def test_class_logits_patched(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        var, get_logits = published.model(), varkern.VAR.get_logits
+        monkeypatch.setattr(varkern.VAR, "get_logits", lambda self, h, cond_BD: get_logits(self, h, cond_BD) * 1.2)
+        assert_generates(var)
+        assert_generates(var, cfg=0.0)
 
     def test_hooks_see_every_call_and_tensors_that_stay(self) -> None:
         """What a hook keeps is not written to afterwards."""

@@ -24,7 +24,7 @@ from published_tokenizer import (
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from varkern.models import autoencoder
+from varkern.modules import autoencoder
 
 LAYERS = (nn.Conv2d, nn.GroupNorm, nn.Identity, autoencoder.ResnetBlock, autoencoder.AttnBlock, autoencoder.Upsample2x)
 LAYERS += (autoencoder.Downsample2x, autoencoder.Encoder, autoencoder.Decoder)

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 import varkern
 from varkern.engine import cached, generate_scales
 from varkern.engine import generate as generate_function  # noqa: F401
-from varkern.models.blocks import KVCache
+from varkern.modules.blocks import KVCache
 
 
 @pytest.fixture(scope="module")

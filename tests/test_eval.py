@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from varkern.assets import bundled_model
+from varkern.data.config import DataConfig
+from varkern.data.datasets import load_split
 from varkern.eval import EvaluateConfig, evaluate, frechet_distance, gaussian_of, psnr
 from varkern.eval.digits import DigitMeasures
 from varkern.eval.evaluate import generate, stacked
 from varkern.eval.metrics import nearest_distances
 from varkern.models import VARHF
-from varkern.train.config import DataConfig
-from varkern.train.data import load_split
 
 
 def test_psnr_of_a_constant_error():

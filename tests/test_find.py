@@ -19,7 +19,7 @@ import varkern
 from varkern import cli
 from varkern.models import find, load_tokenizer
 from varkern.models.checkpoint import load_checkpoint, read_state, save_state
-from varkern.models.schedule import PATCH_NUMS_256
+from varkern.modules.schedule import PATCH_NUMS_256
 
 SCHEDULE = (1, 2, 3, 4)
 
@@ -166,7 +166,7 @@ def test_heads_of_a_model_without_l2_norm_are_found():
     Path("m/config.json").unlink()
     assert varkern.load("m").num_heads == 6
     torch.save(model.state_dict(), "var.pth")
-    with pytest.raises(varkern.CheckpointError, match="nothing tells the heads of width 96"):
+    with pytest.raises(varkern.CheckpointError, match="nothing tells the number of heads of width 96"):
         varkern.load("var.pth", vae="m/vae.safetensors")
     for heads in (0, 7, 2.0, True):
         Path("m/config.json").write_text(json.dumps({"num_heads": heads}))
@@ -270,7 +270,8 @@ def test_every_command_takes_a_tokenizer_by_file_and_by_folder(folder, model, ru
     assert len(set(shown)) == 1
     assert run("sample", "--checkpoint", "tok")[::2] == (
         2,
-        "varkern: error: tok has no model.safetensors: it is the folder of a tokenizer alone\n",
+        "varkern: error: tok has no model.safetensors: it is the folder of a tokenizer alone; "
+        "name that of a transformer\n",
     )
     assert "name the transformer too (--checkpoint)" in run("sample", "--vae", "tok")[2]
 

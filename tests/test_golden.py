@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from golden import SMALL, Golden, assert_close, build, load_golden
 
 import varkern
-from varkern.models.blocks import DropPath
+from varkern.modules.blocks import DropPath
 
 # Tolerances that hold between two correct float32 implementations: tokens equal, logits and images 1e-3 absolute,
 # losses 1e-5 relative, gradient norms 1e-3 relative.

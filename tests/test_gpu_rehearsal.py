@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_benchmarks import BENCHMARKS, gpu, record, result, row
+from planted_rows import BENCHMARKS, gpu, record, result, row
 
 DEVICE = "NVIDIA H100 80GB HBM3"
 PYTHON = """#!{python}

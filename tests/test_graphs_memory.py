@@ -128,12 +128,12 @@ class TestMemory:
 
 
 class TestThreads:
-    @pytest.mark.parametrize("must", [True, None], ids=["asked for", "automatic"])
-    def test_they_share_a_graph(self, var, recorder, must) -> None:
+    @pytest.mark.parametrize("cuda_graph", [True, None], ids=["asked for", "automatic"])
+    def test_they_share_a_graph(self, var, recorder, cuda_graph) -> None:
         want = [eager(var, 1, i % 5, i) for i in range(6)]
         got: dict[int, varkern.Generation] = {}
         twice(var, 1, 0, 0)
-        in_threads(lambda i: got.update({i: varkern.generate(var, 1, i % 5, i, cuda_graph=must)}), 6)
+        in_threads(lambda i: got.update({i: varkern.generate(var, 1, i % 5, i, cuda_graph=cuda_graph)}), 6)
         assert all(same(got[i], want[i]) for i in range(6))
         assert (recorder.captures, recorder.replays) == (1, 6)
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from varkern.data.datasets import ImageFolder
 from varkern.images import check_header, image_suffixes, open_image, read_image
-from varkern.train.data import ImageFolder
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
 COLOUR = np.stack([RAMP, RAMP.T, 255 - RAMP], axis=-1)

@@ -1,7 +1,9 @@
 """The drop-in surface: names, shapes, state dicts, defaults, progressive training, bad arguments."""
 
 import copy
+import importlib
 import inspect
+import io
 import math
 
 import pytest
@@ -11,8 +13,8 @@ from golden import load_golden
 from torch import nn
 
 import varkern
-from varkern.models.blocks import SelfAttention
-from varkern.models.schedule import PATCH_NUMS_256, PATCH_NUMS_512, as_sizes, phi_index
+from varkern.modules.blocks import SelfAttention
+from varkern.modules.schedule import PATCH_NUMS_256, PATCH_NUMS_512, as_sizes, phi_index
 
 SCHEDULE = (1, 2, 3, 4)
 
@@ -283,6 +285,35 @@ def test_deepcopy_and_one_channel() -> None:
     assert vae.img_to_reconstructed_img(torch.zeros(2, 1, 8, 8), last_one=True).shape == (2, 1, 8, 8)
     _, var = tiny()
     assert torch.equal(copy.deepcopy(var).pos_1LC, var.pos_1LC)
+
+
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [
+        ("varkern", "VAR VARHF VQVAE VectorQuantizer2 build_vae_var load generate generate_scales edit"),
+        ("varkern.models", "VAR VARHF VQVAE VectorQuantizer2 build_vae_var load load_tokenizer"),
+        ("varkern.models.var", "VAR AdaLNSelfAttn SharedAdaLin gumbel_softmax_with_rng sample_with_top_k_top_p_"),
+        ("varkern.models.vqvae", "VQVAE"),
+        ("varkern.models.helpers", "gumbel_softmax_with_rng sample_with_top_k_top_p_"),
+        ("varkern.engine", "Keep clear_graphs"),
+        ("varkern.train", "TokenizerConfig TransformerConfig train_tokenizer train_transformer"),
+        ("varkern.eval", "EvaluateConfig evaluate"),
+    ],
+)
+def test_names_that_people_import(module: str, names: str) -> None:
+    found = importlib.import_module(module)
+    assert [name for name in names.split() if not hasattr(found, name)] == []
+
+
+def test_a_whole_model_travels_in_a_pickle() -> None:
+    """As ``torch.save(model)`` writes it, by the names of its classes and of the modules that they are in."""
+    _, var = tiny()
+    file = io.BytesIO()
+    torch.save(var, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    assert type(loaded) is varkern.VAR
+    assert torch.equal(loaded.autoregressive_infer_cfg(1, 2, g_seed=0), var.autoregressive_infer_cfg(1, 2, g_seed=0))
 
 
 class TestBadArguments:

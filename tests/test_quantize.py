@@ -16,7 +16,7 @@ from golden import ALL, SMALL, load_golden
 from torch import Tensor
 
 import varkern
-from varkern.models.schedule import PATCH_NUMS_256, PATCH_NUMS_512, as_sizes
+from varkern.modules.schedule import PATCH_NUMS_256, PATCH_NUMS_512, as_sizes
 from varkern.ops import _library, use_backend
 from varkern.ops import quantize as ops
 from varkern.ops.quantize import Phi, Size

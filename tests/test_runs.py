@@ -17,10 +17,10 @@ import torch
 from PIL import Image
 
 from varkern.cli import main
+from varkern.data.config import resolve_device
 from varkern.eval import EvaluateConfig, evaluate
 from varkern.models.checkpoint import read_state
 from varkern.train import TokenizerConfig, TransformerConfig, run, train_tokenizer, train_transformer
-from varkern.train.config import resolve_device
 from varkern.train.run import CHECKPOINT, METRICS, Run
 
 SMALL = {
@@ -294,7 +294,7 @@ def test_a_device_that_is_not_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="torch finds no CUDA device; use 'cpu'"):
         resolve_device("cuda")
-    with pytest.raises(ValueError, match="no device of torch"):
+    with pytest.raises(ValueError, match="not a device of torch"):
         resolve_device("gpu")
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import varkern
-from varkern.models.schedule import phi_index
+from varkern.modules.schedule import phi_index
 
 OBLONG = [(1, 1), (2, 2), (2, 3), (4, 5)]
 

@@ -11,11 +11,11 @@ import sys
 import pytest
 import torch
 
+from varkern.data.datasets import Digits
 from varkern.models import VARHF, VQVAE
 from varkern.models.checkpoint import read_state
 from varkern.train import TokenizerConfig, TransformerConfig, load_tokenizer, train_tokenizer, train_transformer
 from varkern.train.codebook import count_codes, residual_features, restart_unused_codes, usage_of
-from varkern.train.data import Digits
 from varkern.train.encode import draw_tokens, features_of, teacher_forcing_input, tokens_of
 from varkern.train.loop import Average
 from varkern.train.losses import reconstruction_loss, token_loss, token_metrics

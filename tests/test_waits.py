@@ -15,7 +15,7 @@ import varkern
 from varkern.engine.arguments import check_labels, draw_labels
 from varkern.engine.noise import BatchNoise
 from varkern.engine.options import Options
-from varkern.models.schedule import PATCH_NUMS_256
+from varkern.modules.schedule import PATCH_NUMS_256
 from varkern.ops import decode, quantize, sampling
 
 generate_module = sys.modules["varkern.engine.generate"]  # the name means the function
@@ -87,7 +87,7 @@ class TestNothingWaits:
                 torch.autograd.grad(out.sum(), [leaves[i] for i in case.differentiable], allow_unused=True)
 
     def test_launches_of_an_image(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """What docs/performance.md counts; an op that is computed by several kernels is one."""
+        """What docs/engine.md counts; an op that is computed by several kernels is one."""
         monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
         with torch.device("meta"):
             vae, var = varkern.build_vae_var("meta", patch_nums=PATCH_NUMS_256, depth=16)

@@ -16,7 +16,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from varkern import __version__, commands
+from varkern import commands
+from varkern._version import __version__
 from varkern.edit import Box
 from varkern.models import CheckpointError
 
@@ -53,7 +54,7 @@ EXAMPLES = {
   varkern bench                                    everything, within ten minutes, into benchmarks/results/
   varkern bench --only attention,norm              some of it; other rows of the recorded run stay
   varkern bench --smoke                            does every benchmark run? nothing is recorded
-  varkern bench --markdown README.md docs/performance.md   and renew the tables there""",
+  varkern bench --markdown README.md docs/performance.md docs/engine.md docs/ops/*.md    and renew the tables there""",
     "info": """
   varkern info
   varkern info --json""",
@@ -102,7 +103,9 @@ def _model_options(parser: Parser) -> None:
         help="sides of the token maps, where the weights do not tell them",
     )
     group.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one, else cpu)")
-    group.add_argument("--dtype", choices=commands.DTYPES, default="float32", help="of weights (default: %(default)s)")
+    group.add_argument(
+        "--dtype", choices=commands.DTYPES, default="float32", help="of the weights (default: %(default)s)"
+    )
 
 
 def _sampling_options(parser: Parser, num: str) -> None:
@@ -111,14 +114,18 @@ def _sampling_options(parser: Parser, num: str) -> None:
     group.add_argument(
         "--seed",
         type=_int(0, "a seed"),
-        help="of the run; image i draws with a mix of it and i (default: a new one, printed)",
+        help="seed of the run; image i draws with a mix of it and i (default: a new one, printed)",
     )
     group.add_argument(
-        "--cfg", type=float, default=1.5, help="classifier-free guidance, 0 = off (default: %(default)s)"
+        "--cfg", type=float, default=1.5, help="classifier-free guidance; 0 is off (default: %(default)s)"
     )
     group.add_argument("--top-k", type=int, default=0, metavar="K", help="keep the K likeliest tokens (default: all)")
     group.add_argument(
-        "--top-p", type=float, default=0.0, metavar="P", help="keep tokens up to probability P (default: all)"
+        "--top-p",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="keep the likeliest tokens up to probability P (default: all)",
     )
     group.add_argument("--more-smooth", action="store_true", help="soft tokens: smoother images, for show")
     _batch_option(group)
@@ -137,7 +144,8 @@ def _class_option(parser: Parser, default: str) -> None:
         action="extend",
         type=lambda text: [part.strip() for part in text.split(",")],
         metavar="CLASSES",
-        help=f"numbers, names in the checkpoint's classes.json, or 'none' (no class); commas or repeated ({default})",
+        help="numbers, names in the checkpoint's classes.json, or 'none' (no class); "
+        f"separate several by commas ({default})",
     )
 
 
@@ -194,7 +202,7 @@ def _bench_options(parser: Parser) -> None:
         type=lambda text: [part.strip() for part in text.split(",")],
         default=[],
         metavar="NAMES",
-        help="of the files benchmarks/bench_NAME.py, with commas (default: all)",
+        help="which of benchmarks/bench_NAME.py to run, separated by commas (default: all)",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda where there is one, else cpu)")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, every call checked and made once")
@@ -204,13 +212,13 @@ def _bench_options(parser: Parser) -> None:
         "--minutes",
         type=float,
         metavar="M",
-        help="what has not run by then is left out (default: 10; --full: no limit)",
+        help="after so many minutes the rest is left out (default: 10; --full: no limit)",
     )
     parser.add_argument(
         "--out",
         type=Path,
         metavar="FILE",
-        help="the record, replaced, but for rows of benchmarks that did not run (default: "
+        help="the record to write, where rows of benchmarks that did not run stay (default: "
         "benchmarks/results/<device>.json; --smoke: none)",
     )
     parser.add_argument("--against", type=Path, metavar="FILE", help="the run to compare with (default: that of --out)")
@@ -220,7 +228,8 @@ def _bench_options(parser: Parser) -> None:
         nargs="+",
         default=[],
         metavar="FILE",
-        help="renew the tables between the comments 'benchmarks: begin' and 'end', or 'benchmarks-summary: ...'",
+        help="renew the tables of these pages, between the comments 'benchmarks: begin' and 'benchmarks: end', "
+        "'benchmarks-summary: ...', or for every case of bench_norm.py 'benchmarks-norm: ...'",
     )
 
 
@@ -240,21 +249,29 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command("sample", commands.sample, "generate images of classes")
     _class_option(sub, "default: every class in turn")
     _out_option(sub, "out/samples", "several images as a grid")
-    _sampling_options(sub, "images (default: one of each class named; without --class, 10)")
+    _sampling_options(sub, "number of images (default: one of each class named; without --class, 10)")
     _model_options(sub)
 
     sub = command("reconstruct", commands.reconstruct, "images through the tokenizer and back, with their PSNR")
-    sub.add_argument("images", nargs="*", type=Path, help="files of any size, resized and centre-cropped")
-    sub.add_argument("--num", type=_int(1, "a number"), default=10, help="of held-out digits (default: %(default)s)")
+    sub.add_argument("images", nargs="*", type=Path, help="image files of any size, resized and centre-cropped")
+    sub.add_argument(
+        "--num",
+        type=_int(1, "a number"),
+        default=10,
+        help="number of held-out digits, without files (default: %(default)s)",
+    )
     _batch_option(sub)
     _out_option(sub, "out/reconstructions", "originals above their reconstructions")
     _model_options(sub)
 
     sub = command("edit", commands.edit_image, "generate a part of an image anew, without training")
-    sub.add_argument("image", type=Path, help="a file of any size, resized and centre-cropped")
+    sub.add_argument("image", type=Path, help="an image file of any size, resized and centre-cropped")
     sub.add_argument("--box", type=_box, metavar="T,L,B,R", help="the region: fractions of the cropped image, 0 to 1")
     sub.add_argument(
-        "--mask", type=Path, metavar="FILE", help="the region instead: a picture, white inside, cropped alike"
+        "--mask",
+        type=Path,
+        metavar="FILE",
+        help="the region as a picture instead, white inside, cropped as the image is",
     )
     sub.add_argument(
         "--mode",
@@ -265,7 +282,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--paste-back", action="store_true", help="pixels outside the region stay the image's own")
     _class_option(sub, "with --mode class")
     _out_option(sub, "out/edits", "several results as a grid")
-    _sampling_options(sub, "results (default: one, or one of each class named)")
+    _sampling_options(sub, "number of results (default: one, or one of each class named)")
     _model_options(sub)
 
     from varkern.eval import EvaluateConfig
@@ -279,7 +296,7 @@ def build_parser() -> argparse.ArgumentParser:
         "evaluate", commands.evaluate, "reconstruction, codebook usage, token loss, quality of generated digits"
     )
     _config_options(sub, EvaluateConfig, optional=("model", "data"))
-    sub = command("bench", commands.bench, "measure speed and memory, and compare with the recorded run (a checkout)")
+    sub = command("bench", commands.bench, "measure speed and memory in a checkout, and compare with the recorded run")
     _bench_options(sub)
     sub = command("info", commands.info, "versions, devices, and which backend runs each op where and why")
     sub.add_argument("--json", action="store_true", help="print JSON")

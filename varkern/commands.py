@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from varkern import edit, images, sampling
+from varkern.data.datasets import held_out_digits
 from varkern.engine import generate
 from varkern.engine.arguments import check_options
 from varkern.engine.options import Options
@@ -47,7 +48,7 @@ def _device(options: argparse.Namespace) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"--device {name} is no device of torch; use cpu, cuda or cuda:0") from None
+        raise ValueError(f"--device {name} is not a device of torch; use cpu, cuda or cuda:0") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {name} was asked for, but torch finds no CUDA device; use cpu")
     return device
@@ -114,7 +115,9 @@ def _class_names(path: Path, num_classes: int) -> list[str]:
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}); repair or remove it") from error
     if not isinstance(names, list) or len(names) != num_classes:
-        raise ValueError(f"{path} must be a list of {num_classes} names, in the order of the classes")
+        raise ValueError(
+            f"{path} must be a JSON list of {num_classes} names, in the order of the classes; repair or remove it"
+        )
     return [str(name) for name in names]
 
 
@@ -123,7 +126,9 @@ def _check_out(out: Path) -> None:
     if out.suffix.lower() in (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"):
         raise ValueError(f"--out {out}: pictures are written as PNG; name a .png file or a folder")
     if out.suffix.lower() == ".png" and out.is_dir():
-        raise ValueError(f"--out {out} is a folder; name a file that is not")
+        raise ValueError(
+            f"--out {out} is a folder whose name ends in .png; name another file, or a folder of another name"
+        )
     if out.suffix.lower() != ".png" and out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; name a .png file or a folder")
 
@@ -213,14 +218,17 @@ def reconstruct(options: argparse.Namespace) -> None:
 
     _check_out(options.out)
     if not options.images and (options.checkpoint or options.vae):
-        raise ValueError("name the image files to reconstruct (held-out digits are there for the bundled model alone)")
+        raise ValueError(
+            "there is nothing to reconstruct: name image files (only the bundled model has images of its "
+            "own, held-out digits)"
+        )
     vae = _tokenizer(options)
     size, weight = _image_size(vae), vae.post_quant_conv.weight
     if options.images:
         names = [path.name for path in options.images]
         originals = torch.stack([images.read_image(path, size, vae.in_channels) for path in options.images])
     else:
-        originals, digits = images.held_out_digits(options.num, size, vae.in_channels)
+        originals, digits = held_out_digits(options.num, size, vae.in_channels)
         names = [f"digit {digit}" for digit in digits]
     made = []
     with torch.no_grad():
@@ -242,9 +250,9 @@ def reconstruct(options: argparse.Namespace) -> None:
 def edit_image(options: argparse.Namespace) -> None:
     _check_out(options.out)
     if options.mode == "class" and not options.classes:
-        raise ValueError("--mode class needs --class, what the region becomes")
+        raise ValueError("--mode class needs --class, the class that the region becomes")
     if options.mode != "class" and options.classes:
-        raise ValueError(f"--class goes with --mode class; {options.mode}ing has no class")
+        raise ValueError(f"--class goes with --mode class; leave it out of {options.mode}ing, which has no class")
     if (options.box is None) == (options.mask is None):
         raise ValueError("name the region by either --box T,L,B,R or --mask FILE, not both")
     var = _load(options)
@@ -313,7 +321,7 @@ def evaluate(options: argparse.Namespace) -> None:
 
         defaults = {"model": str(bundled_model()), "data": "digits", "image_size": 32, "channels": 1}
     elif "data" not in options:
-        raise ValueError("name the images to measure on (--data FOLDER)")
+        raise ValueError("there is nothing to measure on: name a folder of images (--data FOLDER)")
     with _notes():
         print(json.dumps(measures.evaluate(_config(measures.EvaluateConfig, options, **defaults)), indent=2))
 

@@ -22,6 +22,7 @@ from torch import Tensor
 import varkern
 from varkern import images
 from varkern.assets import bundled_model
+from varkern.data.datasets import held_out_digits
 
 __all__ = ["Demo", "main", "run"]
 
@@ -127,7 +128,7 @@ def run(
             print(
                 "originals are generated; real ones need the bundled model and scikit-learn (pip install scikit-learn)"
             )
-    originals = images.held_out_digits(10, vae.downsample * var.patch_nums[-1], vae.in_channels)[0] if digits else None
+    originals = held_out_digits(10, vae.downsample * var.patch_nums[-1], vae.in_channels)[0] if digits else None
     demo = Demo(var, originals, seed)
     pictures: dict[str, Callable[[], Image.Image]] = {
         "samples.png": demo.samples,

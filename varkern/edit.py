@@ -105,7 +105,10 @@ def _edit(
     if keep.ndim == 3 and keep.shape[0] != images.shape[0]:
         raise ValueError(f"mask holds {keep.shape[0]} regions for {images.shape[0]} images; pass one, or one an image")
     if images.numel() and not (images.min() >= -1 and images.max() <= 1):  # nor NaN
-        raise ValueError(f"images must be in [-1, 1], got {images.min():.3g} to {images.max():.3g}")
+        raise ValueError(
+            f"images must be in [-1, 1], got {images.min():.3g} to {images.max():.3g}; "
+            "scale those in [0, 1] by images * 2 - 1"
+        )
     with torch.no_grad():
         tokens = vae.img_to_idxBl(images)
     made = generate(

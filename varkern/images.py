@@ -2,7 +2,6 @@
 
 import functools
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,10 +10,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from torch import Tensor
 
+from varkern.atomic import atomic_write
+
 __all__ = [
     "check_header",
     "from_uint8",
-    "held_out_digits",
     "image_suffixes",
     "open_image",
     "read_image",
@@ -159,23 +159,6 @@ def read_mask(path: str | os.PathLike[str]) -> Tensor:
     return from_uint8(np.asarray(ImageOps.fit(image, (side, side), Image.Resampling.NEAREST)))[0].add(1).div(2)
 
 
-def held_out_digits(count: int, size: int, channels: int) -> tuple[Tensor, list[int]]:
-    """Real digits the bundled model was not trained on, 0 to 9 in turn: (count, channels, size, size) in [-1, 1].
-
-    Raises ImportError without scikit-learn, which carries them, and ValueError where there are too few.
-    """
-    from varkern.train.config import DataConfig
-    from varkern.train.data import load_split
-
-    _, held_out = load_split(DataConfig(data="digits", image_size=size, channels=channels))
-    if count > len(held_out):
-        raise ValueError(f"there are {len(held_out)} held-out digits, {count} were asked for")
-    # The i-th of each digit comes before the (i + 1)-th of any.
-    rank = [(int((held_out.labels[:i] == label).sum()), int(label), i) for i, label in enumerate(held_out.labels)]
-    chosen = sorted(rank)[:count]
-    return torch.stack([held_out[i][0] for _, _, i in chosen]), [label for _, label, _ in chosen]
-
-
 def write_png(image: Image.Image, path: str | os.PathLike[str], text: Mapping[str, str] | None = None) -> Path:
     """Write a PNG atomically, making its folder: a reader sees the old file or the whole new one.
 
@@ -186,15 +169,8 @@ def write_png(image: Image.Image, path: str | os.PathLike[str], text: Mapping[st
         info.add_text(keyword, value)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            image.save(file, format="PNG", optimize=True, pnginfo=info)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    # Waiting for the disk would make a long run of pictures a quarter slower.
+    atomic_write(path, lambda file: image.save(file, format="PNG", optimize=True, pnginfo=info), sync=False)
     return path
 
 

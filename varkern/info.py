@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from varkern import __version__
+from varkern._version import __version__
 from varkern.ops._library import Op, current_backend, explain, load
 
 __all__ = ["main", "report"]

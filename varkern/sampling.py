@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from varkern import images
+from varkern.atomic import atomic_write
 
 __all__ = ["LARGEST_GRID", "MANIFEST", "image_seed", "run"]
 
@@ -141,12 +141,6 @@ def _entry(
     first = max([*taken, *(entry["first"] + entry["count"] for entry in runs)], default=0)
     drawn = new_seed() if seed is None else seed
     entry = {"seed": drawn, "first": first, "count": len(names), "settings": settings}
-    handle, temporary = tempfile.mkstemp(dir=out, prefix=f".{MANIFEST}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump({"runs": [*runs, entry]}, file, indent=1)
-        os.replace(temporary, out / MANIFEST)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    text = json.dumps({"runs": [*runs, entry]}, indent=1)
+    atomic_write(out / MANIFEST, lambda file: file.write(text.encode()))
     return entry

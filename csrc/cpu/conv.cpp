@@ -3,7 +3,7 @@
 // tiles x channels times channels x outputs.
 //
 // The interpolation points are 0, +-5/8, +-5/4 and infinity. Every constant of the data's transforms is then exact in
-// float32, and the root mean square error under half of what the common 0, +-1, +-2 give (docs/performance.md).
+// float32, and the root mean square error under half of what the common 0, +-1, +-2 give (docs/ops/conv.md).
 #include "ops/conv.h"
 
 #include "cpu/arena.h"

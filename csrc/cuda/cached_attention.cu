@@ -2,7 +2,7 @@
 // parts, their combination. All sizes of a launch follow from the arguments, so that a CUDA graph can hold it.
 //
 // A generation's small scales are bound by latency, many keys and few queries by the bytes of keys and values, many
-// queries by the tensor cores: docs/performance.md has the figures.
+// queries by the tensor cores: docs/ops/cached_attention.md has the figures.
 #include "common/device.cuh"
 #include "common/launch.cuh"
 #include "cuda/cached_attention_float.cuh"

@@ -12,6 +12,6 @@ def bundled_model() -> Path:
     if missing:
         raise FileNotFoundError(
             f"the bundled model lacks {', '.join(missing)} in {folder}; reinstall varkern, or train it again with: "
-            f"python -m varkern.train.bundled --out {folder}"
+            f"python -m varkern.assets.recipe --out {folder}"
         )
     return folder

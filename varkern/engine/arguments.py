@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from varkern.engine.options import Keep, Options
-from varkern.models.var import VAR
+from varkern.modules.transformer import Transformer
 from varkern.ops.sampling import draw_noise
 
 _LARGEST_BATCH = 2**31 - 1
@@ -35,7 +35,7 @@ def _number(name: str, value: object) -> float:
     raise ValueError(f"{name} must be a number, got {value!r}")
 
 
-def check_options(var: VAR, batch: int, options: Options) -> Options:
+def check_options(var: Transformer, batch: int, options: Options) -> Options:
     """The options in plain Python numbers; raises ValueError or TypeError where one is outside its domain.
 
     As in the published model top_k <= 0 and top_p outside (0, 1) are off.
@@ -51,7 +51,7 @@ def check_options(var: VAR, batch: int, options: Options) -> Options:
     return replace(options, cfg=cfg, top_k=max(top_k, 0), top_p=top_p, more_smooth=bool(options.more_smooth))
 
 
-def _guidance(var: VAR, batch: int, cfg: object) -> float | Tensor:
+def _guidance(var: Transformer, batch: int, cfg: object) -> float | Tensor:
     """A number, or (batch, 1, 1) float32 on the model's device."""
     if isinstance(cfg, Tensor):
         real = cfg.layout is torch.strided and not cfg.is_complex() and cfg.dtype != torch.bool and not cfg.is_meta
@@ -90,7 +90,7 @@ def check_seeds(batch: int, seeds: object) -> list[int]:
     return [check_seed(seed) for seed in entries]
 
 
-def check_labels(var: VAR, batch: int, labels: object) -> Tensor | None:
+def check_labels(var: Transformer, batch: int, labels: object) -> Tensor | None:
     """Labels (B,) int64 on the model's device, or None where they are to be drawn.
 
     An int serves the whole batch, negative meaning "no class". Raises TypeError or ValueError for anything else
@@ -119,15 +119,13 @@ def check_labels(var: VAR, batch: int, labels: object) -> Tensor | None:
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-def _label_tensor(var: VAR, batch: int, labels: object) -> Tensor:
+def _label_tensor(var: Transformer, batch: int, labels: object) -> Tensor:
     """Labels that are given as one integer, or as a sequence of them, on the CPU."""
     wrong = TypeError(f"labels must be an integer, {batch} integers or a tensor of them, got {labels!r}")
     if isinstance(labels, SupportsIndex) and not isinstance(labels, bool | Tensor | np.ndarray):
         label = operator.index(labels)
         if label > var.num_classes:
-            raise ValueError(
-                f"labels must be in [0, {var.num_classes}], {var.num_classes} = no class; got {label}..{label}"
-            )
+            raise ValueError(f"labels must be in [0, {var.num_classes}], {var.num_classes} = no class; got {label}")
         return torch.full((batch,), var.num_classes if label < 0 else label, dtype=torch.int64, device="cpu")
     if not isinstance(labels, Iterable) or isinstance(labels, str | bytes):
         raise wrong
@@ -137,7 +135,7 @@ def _label_tensor(var: VAR, batch: int, labels: object) -> Tensor:
         raise wrong from None
 
 
-def check_keep(var: VAR, batch: int, keep: object) -> None:
+def check_keep(var: Transformer, batch: int, keep: object) -> None:
     """Raises TypeError or ValueError where what editing keeps does not fit the model and the batch."""
     if keep is None:
         return
@@ -171,14 +169,14 @@ def described(value: object) -> str:
     return type(value).__name__
 
 
-def draw_labels(var: VAR, batch: int, generator: torch.Generator | None) -> Tensor:
+def draw_labels(var: Transformer, batch: int, generator: torch.Generator | None) -> Tensor:
     """Classes (B,) drawn uniformly, as the published model draws them."""
     if batch == 1:  # as torch.multinomial computes it, which in some versions of torch waits for a check of its input
         return (var.uniform_prob / draw_noise(1, var.num_classes, var.lvl_1L.device, generator)).argmax(dim=-1)
     return torch.multinomial(var.uniform_prob, num_samples=batch, replacement=True, generator=generator).reshape(batch)
 
 
-def check_model(var: VAR) -> None:
+def check_model(var: Transformer) -> None:
     """Raises where transformer and tokenizer cannot work together."""
     # By what it has and not by its type: torch.compile and other wrappers pass the attributes on.
     if not hasattr(var, "vae_proxy"):

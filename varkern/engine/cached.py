@@ -5,7 +5,7 @@ once an image instead of once a scale; keys and values go to memory taken once; 
 the head, which is linear, so that the head runs on one half of the batch; without guidance the unconditional half does
 not run at all; sampling is one op.
 
-Each of these holds for modules that are as built (`varkern.models.plain`). A block that is not is called as published,
+Each of these holds for modules that are as built (`varkern.modules.plain`). A block that is not is called as published,
 with a cache in its attention, while the others stay fast; so are a changed head, ``get_logits`` and projections of the
 condition. Only such blocks keep state in the modules: threads may share a model without them.
 """
@@ -15,24 +15,20 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from varkern.engine.noise import NoiseSource
 from varkern.engine.options import Options, ScaleStep
-from varkern.models.blocks import AdaLNSelfAttn, DropPath, KVCache
-from varkern.models.plain import compute_dtype, is_plain, is_plain_norm
-from varkern.models.var import VAR
+from varkern.modules.blocks import AdaLNSelfAttn, DropPath, KVCache
+from varkern.modules.plain import compute_dtype, is_plain, is_plain_norm
+from varkern.modules.transformer import Transformer
 from varkern.ops import sampling as ops
 from varkern.ops.gated_norm import gated_residual_layer_norm_
 from varkern.ops.norm import modulated_layer_norm
-
-
-class Noise(Protocol):
-    def noise(self, n: int, V: int) -> Tensor:
-        """Exponential noise (B * n, V) float32 for n tokens an image."""
 
 
 def may_fuse(block: nn.Module) -> bool:
@@ -49,11 +45,11 @@ def may_fuse(block: nn.Module) -> bool:
     )
 
 
-def may_fuse_head(var: VAR) -> bool:
+def may_fuse_head(var: Transformer) -> bool:
     """Whether the engine may do without `VAR.get_logits`: the head is affine, its norm the one that was built."""
     norm = var.head_nm
     return (
-        getattr(var.get_logits, "__func__", None) is VAR.get_logits
+        getattr(var.get_logits, "__func__", None) is Transformer.get_logits
         and isinstance(var.head, nn.Linear)
         and is_plain(var.head)
         and is_plain(norm)
@@ -73,7 +69,7 @@ class CachedTransformer:
     The condition may stand for both halves of a guided batch, conditional rows first.
     """
 
-    def __init__(self, var: VAR, cond_BD: Tensor) -> None:
+    def __init__(self, var: Transformer, cond_BD: Tensor) -> None:
         self.var, self.cond_BD = var, cond_BD
         self.blocks = cast("list[AdaLNSelfAttn]", list(var.blocks))
         self.fused = [may_fuse(block) for block in self.blocks]
@@ -168,7 +164,7 @@ def _lookup(codebook: Tensor, tokens: Tensor) -> Tensor:
     return F.embedding(tokens, codebook)
 
 
-def cached_scales(var: VAR, label_B: Tensor, noise: Noise, options: Options) -> Iterator[ScaleStep]:
+def cached_scales(var: Transformer, label_B: Tensor, noise: NoiseSource, options: Options) -> Iterator[ScaleStep]:
     """The scales of a batch, each drawn with noise in the published order."""
     B, quantize, last = label_B.shape[0], var.vae_quant_proxy[0], var.num_stages_minus_1
     # Without guidance the unconditional half changes nothing, unless somebody's code sees it.

@@ -21,12 +21,12 @@ from varkern.engine.arguments import (
     check_seed,
     check_seeds,
 )
-from varkern.engine.cached import Noise, cached_scales
-from varkern.engine.noise import BatchNoise, ImageNoise
+from varkern.engine.cached import cached_scales
+from varkern.engine.noise import BatchNoise, ImageNoise, NoiseSource, ReplayableNoise
 from varkern.engine.options import Generation, Keep, Options, ScaleStep
 from varkern.engine.reference import reference_scales
-from varkern.models.plain import compute_dtype
-from varkern.models.var import VAR
+from varkern.modules.plain import compute_dtype
+from varkern.modules.transformer import Transformer
 from varkern.ops import current_backend, use_backend
 
 
@@ -40,7 +40,7 @@ class ScaleImages:
 
 
 def generate(
-    var: VAR,
+    var: Transformer,
     batch: int,
     labels: int | Sequence[int] | Tensor | None,
     seed: int | Sequence[int] | None = None,
@@ -78,47 +78,47 @@ def generate(
     model, unless ``varkern.use_backend("reference")`` is in force, which keeps caches in the modules. Raises ValueError
     for arguments outside their domain before anything is drawn, torch.OutOfMemoryError where one image does not fit.
     """
-    request = _Request.checked(var, batch, labels, seed, Options(cfg, top_k, top_p, more_smooth, keep), max_batch)
-    captured = graphs.Request(
+    call = _CheckedCall.checked(var, batch, labels, seed, Options(cfg, top_k, top_p, more_smooth, keep), max_batch)
+    captured = graphs.GraphRequest(
         var,
-        request.batch,
-        request.noise,
-        request.options,
-        request.backend,
-        functools.partial(_computed, request.options),
+        call.batch,
+        call.noise,
+        call.options,
+        call.backend,
+        functools.partial(_computed, call.options),
     )
     why_not = captured.why_not(max_batch)
     if cuda_graph and why_not is not None:
         raise RuntimeError(graphs.refusal(why_not))
     device = captured.device
-    with torch.no_grad(), use_backend(request.backend):
-        if request.backend == "reference":
-            with graphs.beside(device):
-                return var.run_gathered(request.reference)
-        label_B = request.labels
+    with torch.no_grad(), use_backend(call.backend):
+        if call.backend == "reference":
+            with graphs.running_eagerly(device):
+                return var.run_gathered(call.reference)
+        label_B = call.labels
         if label_B is None:
-            with graphs.beside(device):
-                label_B = request.noise.labels(var)
+            with graphs.running_eagerly(device):
+                label_B = call.noise.labels(var)
         if cuda_graph is not False and why_not is None:
-            result = graphs.of_device(device).generate(captured, label_B, must=bool(cuda_graph))
+            result = graphs.of_device(device).generate(captured, label_B, required=bool(cuda_graph))
             if result is not None:
                 return result
-        with graphs.beside(device):
-            return var.run_gathered(functools.partial(request.in_parts_that_fit, label_B, max_batch))
+        with graphs.running_eagerly(device):
+            return var.run_gathered(functools.partial(call.in_parts_that_fit, label_B, max_batch))
 
 
-def _computed(options: Options, var: VAR, label_B: Tensor, noise: Noise) -> Generation:
+def _computed(options: Options, var: Transformer, label_B: Tensor, noise: NoiseSource) -> Generation:
     """A batch, whole. What a CUDA graph holds."""
     steps = list(cached_scales(var, label_B, noise, options))
     return Generation(_images(var, steps[-1].f_hat), [step.tokens for step in steps])
 
 
-def _images(var: VAR, f_hat: Tensor) -> Tensor:
+def _images(var: Transformer, f_hat: Tensor) -> Tensor:
     return var.vae_proxy[0].fhat_to_img(f_hat).add_(1).mul_(0.5)
 
 
 def generate_scales(
-    var: VAR,
+    var: Transformer,
     batch: int,
     labels: int | Sequence[int] | Tensor | None,
     seed: int | Sequence[int] | None = None,
@@ -134,31 +134,31 @@ def generate_scales(
     Decoding every scale costs as much as the last one, so this takes longer than `generate`. Arguments are checked at
     the call, not at the first step. A caller may stop at any scale.
     """
-    request = _Request.checked(var, batch, labels, seed, Options(cfg, top_k, top_p, more_smooth, keep), None)
-    return request.stream()
+    call = _CheckedCall.checked(var, batch, labels, seed, Options(cfg, top_k, top_p, more_smooth, keep), None)
+    return call.stream()
 
 
 @dataclass(frozen=True)
-class _Request:
+class _CheckedCall:
     """A checked call of `generate`."""
 
-    var: VAR
+    var: Transformer
     batch: int
     labels: Tensor | None
-    noise: BatchNoise | ImageNoise
+    noise: ReplayableNoise
     options: Options
     backend: str | None
 
     @classmethod
     def checked(
         cls,
-        var: VAR,
+        var: Transformer,
         batch: int,
         labels: int | Sequence[int] | Tensor | None,
         seed: int | Sequence[int] | None,
         options: Options,
         max_batch: int | None,
-    ) -> _Request:
+    ) -> _CheckedCall:
         check_model(var)
         batch = check_batch("the batch size B", batch)
         options = check_options(var, batch, options)
@@ -170,7 +170,7 @@ class _Request:
             # The mixture of codes amplifies every rounding by up to 1 / tau = 74, over all scales: only the published
             # order of operations gives the published image within 1e-3.
             backend = "reference"
-        noise: BatchNoise | ImageNoise
+        noise: ReplayableNoise
         if seed is None or isinstance(seed, SupportsIndex):
             generator = None if seed is None else torch.Generator(device=device).manual_seed(check_seed(seed))
             noise = BatchNoise(batch, device, generator)
@@ -229,7 +229,7 @@ class _Request:
         steps: Iterator[ScaleStep] | None = None
         try:
             while True:
-                with torch.no_grad(), use_backend(self.backend), graphs.beside(self.var.lvl_1L.device):
+                with torch.no_grad(), use_backend(self.backend), graphs.running_eagerly(self.var.lvl_1L.device):
                     steps = self.steps() if steps is None else steps
                     step = self.var.run_gathered(functools.partial(next, steps, None))
                     if step is None:

@@ -27,11 +27,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from varkern.engine.noise import BatchNoise, ImageNoise
+from varkern.engine.noise import ReplayableNoise
 from varkern.engine.options import Generation, Options
 from varkern.engine.recorder import CudaRecorder, Recorder, Recording, Run
 from varkern.engine.watch import Watch
-from varkern.models.var import VAR
+from varkern.modules.transformer import Transformer
 
 MAX_GRAPHS = 4  # kept on a device
 AUTOMATIC_BATCH = 32  # a larger batch is not captured unasked: its kernels are long, and its memory is large
@@ -40,18 +40,17 @@ _MAX_ASKED = 32  # generations remembered that have run once without a graph
 RECORDERS: dict[str, Callable[[torch.device], Recorder]] = {"cuda": CudaRecorder}
 
 Key = tuple[Any, ...]  # begins with the id of the model
-Noise = BatchNoise | ImageNoise
-Compute = Callable[[VAR, Tensor, Noise], Generation]
+Compute = Callable[[Transformer, Tensor, ReplayableNoise], Generation]
 
 
 @dataclass(frozen=True)
-class Request:
+class GraphRequest:
     """A generation that may become a graph. compute: the model, labels (B,) and noise -> images and tokens; it must not
     read anything else that varies, but what ``options`` and ``backend`` say."""
 
-    var: VAR
+    var: Transformer
     batch: int
-    noise: Noise
+    noise: ReplayableNoise
     options: Options
     backend: str | None
     compute: Compute
@@ -79,7 +78,7 @@ class Request:
         return None
 
 
-def clear_graphs(var: VAR | None = None) -> None:
+def clear_graphs(var: Transformer | None = None) -> None:
     """Free the CUDA graphs of a model, or of all models, and their memory once no graph is left on the device.
 
     Waits for replays that are under way. The next generations run without a graph, or capture again, as if they were
@@ -100,12 +99,12 @@ class DeviceGraphs:
         self.changed = threading.Condition(threading.RLock())
         self.graphs: OrderedDict[Key, _Graph] = OrderedDict()
         self.asked: OrderedDict[Key, Watch | None] = OrderedDict()  # None: could not be captured
-        self.models: set[int] = set()  # whose end is watched
+        self.models: set[int] = set()  # ids of those whose end is watched
         self.eager = 0  # generations under way without a graph
-        self.dead: list[int] = []  # ids of models that are no more
+        self.collected: list[int] = []  # ids of models that are no more
 
     @contextlib.contextmanager
-    def beside(self) -> Iterator[None]:
+    def running_eagerly(self) -> Iterator[None]:
         """While something draws or computes without a graph. No capture is under way then: up to torch 2.13 the global
         generator refuses to draw during one."""
         with self.changed:
@@ -117,8 +116,8 @@ class DeviceGraphs:
                 self.eager -= 1
                 self.changed.notify_all()
 
-    def generate(self, request: Request, labels: Tensor, must: bool) -> Generation | None:
-        """By a graph, which is captured if that is worth it or ``must`` be; None: run it without one.
+    def generate(self, request: GraphRequest, labels: Tensor, required: bool) -> Generation | None:
+        """By a graph, which is captured if that is worth it or is ``required``; None: run it without one.
 
         The request's generators have drawn what the generation draws, or with None nothing. Raises RuntimeError or
         torch.OutOfMemoryError where it must be a graph and cannot.
@@ -126,17 +125,17 @@ class DeviceGraphs:
         key = _key(request)
         with self.changed:
             graph = self._find(key)
-            if graph is None and must and self.eager:
+            if graph is None and required and self.eager:
                 self.changed.wait_for(lambda: self.eager == 0)
                 graph = self._find(key)
             if graph is None:
-                watch = self._worth(key, request, must)
-                return None if watch is None else self._capture(key, request, labels, watch, must)
+                watch = self._watch_if_due(key, request, required)
+                return None if watch is None else self._capture(key, request, labels, watch, required)
             try:
                 return graph.replay(labels, request.noise)
             except torch.OutOfMemoryError as error:  # for the copies of the results
                 self.forget(None)
-                if must:
+                if required:
                     raise torch.OutOfMemoryError(_NO_MEMORY) from error
                 return None
 
@@ -153,7 +152,7 @@ class DeviceGraphs:
             self.recorder.trim()
 
     def _find(self, key: Key) -> _Graph | None:
-        self._bury()
+        self._forget_collected()
         graph = self.graphs.get(key)
         if graph is not None and not graph.watch.holds():
             self.forget(key[0])  # the model's other graphs hold the same addresses
@@ -162,25 +161,25 @@ class DeviceGraphs:
             self.graphs.move_to_end(key)
         return graph
 
-    def _bury(self) -> None:
-        while self.dead:
-            model = self.dead.pop()
+    def _forget_collected(self) -> None:
+        while self.collected:
+            model = self.collected.pop()
             self.models.discard(model)
             self.forget(model)
 
-    def _died(self, model: int) -> None:
-        """Called from wherever the garbage is collected, so it may not wait; who holds the lock buries afterwards."""
-        self.dead.append(model)
+    def _on_collected(self, model: int) -> None:
+        """Called from wherever the garbage is collected, so it may not wait; who holds the lock forgets afterwards."""
+        self.collected.append(model)
         if self.changed.acquire(blocking=False):
             try:
-                self._bury()
+                self._forget_collected()
             finally:
                 self.changed.release()
 
-    def _worth(self, key: Key, request: Request, must: bool) -> Watch | None:
+    def _watch_if_due(self, key: Key, request: GraphRequest, required: bool) -> Watch | None:
         """What the graph to capture depends on, or None: leave it. A generation is captured the second time that it is
         asked for: once is no reason, and weights that move every time would be captured every time."""
-        if not must:
+        if not required:
             if request.batch > AUTOMATIC_BATCH:
                 return None
             if key in self.asked:
@@ -190,7 +189,7 @@ class DeviceGraphs:
                     return None if self.eager else asked
             watch = Watch(request.var)
             if watch.refusal is None:
-                self._mourn(request.var)  # what it holds must go with the model
+                self._forget_when_collected(request.var)  # what it holds must go with the model
                 self.asked[key] = watch
                 while len(self.asked) > _MAX_ASKED:
                     self.asked.popitem(last=False)
@@ -200,7 +199,9 @@ class DeviceGraphs:
             raise RuntimeError(refusal(watch.refusal))
         return watch
 
-    def _capture(self, key: Key, request: Request, labels: Tensor, watch: Watch, must: bool) -> Generation | None:
+    def _capture(
+        self, key: Key, request: GraphRequest, labels: Tensor, watch: Watch, required: bool
+    ) -> Generation | None:
         """Run the generation once to warm up, which gives its result, and capture it for the next time."""
         graph = _Graph(self.recorder, request, watch)
         states = [generator.get_state() for generator in request.noise.generators]
@@ -208,12 +209,12 @@ class DeviceGraphs:
             result = graph.warm_up(labels, request.noise)
         except torch.OutOfMemoryError as error:
             self.forget(None)
-            if must:
+            if required:
                 raise torch.OutOfMemoryError(_NO_MEMORY) from error
             return None  # in parts it may fit
         if len(self.graphs) >= MAX_GRAPHS:
             self._release(list(self.graphs)[: len(self.graphs) + 1 - MAX_GRAPHS])
-        self._mourn(request.var)
+        self._forget_when_collected(request.var)
         failure = graph.capture()
         if isinstance(failure, torch.OutOfMemoryError) and self.graphs:
             self.forget(None)
@@ -223,29 +224,30 @@ class DeviceGraphs:
             return result
         self._release(())  # the failed capture may have been alone in the pool
         self.asked[key] = None
-        if must:
+        if required:
             for generator, state in zip(request.noise.generators, states, strict=True):
                 generator.set_state(state)
             if isinstance(failure, torch.OutOfMemoryError):
                 raise torch.OutOfMemoryError(_NO_MEMORY) from failure
             raise RuntimeError(refusal(f"the capture failed ({failure})")) from failure
         warnings.warn(
-            f"A generation of {request.batch} could not be captured in a CUDA graph and goes on without: {failure}",
+            f"A generation of {request.batch} images could not be captured in a CUDA graph, and goes on "
+            f"without one: {failure}",
             RuntimeWarning,
             stacklevel=4,
         )
         return result
 
-    def _mourn(self, var: VAR) -> None:
+    def _forget_when_collected(self, var: Transformer) -> None:
         if id(var) not in self.models:
             self.models.add(id(var))
-            weakref.finalize(var, self._died, id(var)).atexit = False
+            weakref.finalize(var, self._on_collected, id(var)).atexit = False
 
 
 class _Graph:
     """One generation in a graph: its inputs, and what it was captured with."""
 
-    def __init__(self, recorder: Recorder, request: Request, watch: Watch) -> None:
+    def __init__(self, recorder: Recorder, request: GraphRequest, watch: Watch) -> None:
         self.recorder, self.watch = recorder, watch
         device = request.device
         with torch.inference_mode(False):  # replays outside of inference_mode write to them
@@ -255,7 +257,7 @@ class _Graph:
         self.run = self._run(request)
         self.recording: Recording
 
-    def _run(self, request: Request) -> Run:
+    def _run(self, request: GraphRequest) -> Run:
         model, labels, noise, compute = (
             weakref.ref(request.var),
             self.labels,
@@ -274,7 +276,7 @@ class _Graph:
 
         return run
 
-    def warm_up(self, labels: Tensor, noise: Noise) -> Generation:
+    def warm_up(self, labels: Tensor, noise: ReplayableNoise) -> Generation:
         self._load(labels, noise)
         return self._result(self.recorder.warm_up(self.run), noise)
 
@@ -286,15 +288,15 @@ class _Graph:
             return error.with_traceback(None)  # which holds the tensors of the attempt
         return None
 
-    def replay(self, labels: Tensor, noise: Noise) -> Generation:
+    def replay(self, labels: Tensor, noise: ReplayableNoise) -> Generation:
         return self._result(self.recording.replay(lambda: self._load(labels, noise)), noise)
 
-    def _load(self, labels: Tensor, noise: Noise) -> None:
+    def _load(self, labels: Tensor, noise: ReplayableNoise) -> None:
         self.labels.copy_(labels)
         for mine, theirs in zip(self.generators, noise.generators, strict=True):
             mine.set_state(theirs.get_state())
 
-    def _result(self, outputs: tuple[Tensor, ...], noise: Noise) -> Generation:
+    def _result(self, outputs: tuple[Tensor, ...], noise: ReplayableNoise) -> Generation:
         """Only now have the caller's generators drawn: what has failed drew nothing."""
         for mine, theirs in zip(self.generators, noise.generators, strict=True):
             theirs.set_state(mine.get_state())
@@ -348,7 +350,7 @@ def refusal(reason: str) -> str:
     return f"cuda_graph=True, but the generation cannot be a CUDA graph: {reason}. Leave cuda_graph unset to run it"
 
 
-def _key(request: Request) -> Key:
+def _key(request: GraphRequest) -> Key:
     """What the captured Python read, beside the model: another value would have launched other kernels."""
     kind = request.device.type
     options = request.options
@@ -404,6 +406,6 @@ def make_room(device: torch.device) -> bool:
     return had
 
 
-def beside(device: torch.device) -> contextlib.AbstractContextManager[None]:
+def running_eagerly(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """While something draws or computes on a device without a graph; nothing where there are none."""
-    return of_device(device).beside() if device.type in RECORDERS else contextlib.nullcontext()
+    return of_device(device).running_eagerly() if device.type in RECORDERS else contextlib.nullcontext()

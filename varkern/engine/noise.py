@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from varkern.engine.arguments import draw_labels
-from varkern.models.var import VAR
+from varkern.modules.transformer import Transformer
 from varkern.ops.sampling import draw_noise
+
+
+class NoiseSource(Protocol):
+    """What tokens are drawn with."""
+
+    def noise(self, n: int, V: int) -> Tensor:
+        """Exponential noise (B * n, V) float32 for n tokens an image."""
 
 
 class BatchNoise:
@@ -30,7 +38,7 @@ class BatchNoise:
         """The same noise from generators in the state of these."""
         return BatchNoise(self.batch, self.device, generators[0])
 
-    def labels(self, var: VAR) -> Tensor:
+    def labels(self, var: Transformer) -> Tensor:
         """Classes (B,), drawn uniformly."""
         return draw_labels(var, self.batch, self.generator)
 
@@ -72,7 +80,7 @@ class ImageNoise:
         noise.generators = list(generators)
         return noise
 
-    def labels(self, var: VAR) -> Tensor:
+    def labels(self, var: Transformer) -> Tensor:
         return torch.cat([draw_labels(var, 1, generator) for generator in self.generators])
 
     def noise(self, n: int, V: int) -> Tensor:
@@ -86,6 +94,10 @@ class ImageNoise:
 
     def finish(self) -> None:
         """Nobody draws after the images: there is nothing to go on with."""
+
+
+# Of a whole generation: a graph may draw by generators of its own in place of these.
+ReplayableNoise = BatchNoise | ImageNoise
 
 
 def _default(device: torch.device, generator: torch.Generator | None) -> torch.Generator:

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from varkern.engine.options import Options, ScaleStep
-from varkern.models.blocks import AdaLNSelfAttn
-from varkern.models.plain import compute_dtype
-from varkern.models.var import VAR
+from varkern.modules.blocks import AdaLNSelfAttn
+from varkern.modules.plain import compute_dtype
+from varkern.modules.transformer import Transformer
 from varkern.ops import sampling as ops
 
 
 def reference_scales(
-    var: VAR, label_B: Tensor, generator: torch.Generator | None, options: Options
+    var: Transformer, label_B: Tensor, generator: torch.Generator | None, options: Options
 ) -> Iterator[ScaleStep]:
     """The scales of a batch, by plain PyTorch in the published order.
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from varkern.models.blocks import DropPath
-from varkern.models.plain import is_plain
-from varkern.models.var import VAR
+from varkern.modules.blocks import DropPath
+from varkern.modules.plain import is_plain
+from varkern.modules.transformer import Transformer
 
 _MISSING = object()
 _PLAIN = (bool, int, float, str, type(None))
@@ -26,7 +26,7 @@ class Watch:
     refusal: why the model cannot be captured at all, or None.
     """
 
-    def __init__(self, var: VAR) -> None:
+    def __init__(self, var: Transformer) -> None:
         self.refusal: str | None = None
         self._tensors: list[tuple[dict[str, Any], str, tuple[Any, ...] | None]] = []
         self._values: list[

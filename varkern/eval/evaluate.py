@@ -12,13 +12,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from varkern.atomic import atomic_write
+from varkern.data.config import DataConfig, check, option, required, resolve_device
+from varkern.data.datasets import Part, batches, load_split, shortened
 from varkern.eval.digits import DigitMeasures
 from varkern.models import VAR, load, load_tokenizer
 from varkern.models.find import is_tokenizer
-from varkern.train.config import DataConfig, check, option, required, resolve_device
-from varkern.train.data import Part, batches, load_split, shortened
 from varkern.train.encode import encode_all
-from varkern.train.run import CLASSES, atomic_write
+from varkern.train.run import CLASSES
 from varkern.train.tokenizer import tokenizer_metrics
 from varkern.train.transformer import token_metrics_on
 
@@ -81,15 +82,27 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     device = resolve_device(config.device)
     var = None if config.vae is None and is_tokenizer(config.model) else load(config.model, config.vae, device)
     vae = load_tokenizer(config.model).vae.to(device) if var is None else var.vae_proxy[0]
-    check(var is not None or not config.generate, f"{config.model} is a tokenizer alone; images need a transformer")
+    check(
+        var is not None or not config.generate,
+        f"{config.model} is a tokenizer alone; generate needs a transformer: name one, or leave it off",
+    )
     size = vae.quantize.v_patch_nums[-1] * vae.downsample
-    check(config.image_size == size, f"image_size is {config.image_size} but the model makes {size} pixels")
-    check(config.channels == vae.in_channels, f"channels is {config.channels} but the model has {vae.in_channels}")
+    check(
+        config.image_size == size,
+        f"image_size is {config.image_size} but the model makes {size} pixels; set it to that",
+    )
+    check(
+        config.channels == vae.in_channels,
+        f"channels is {config.channels} but the model has {vae.in_channels}; set it to that",
+    )
     train, held_out = load_split(replace(config, augment=False, flip=False))
     part = held_out if config.part == "held_out" else train
     check(len(part) > 0, f"the {config.part} part of {config.data} is empty; change held_out")
     classes = len(part.classes) if var is None else var.num_classes
-    check(len(part.classes) == classes, f"{config.data} has {len(part.classes)} classes, not {classes}")
+    check(
+        len(part.classes) == classes,
+        f"{config.data} has {len(part.classes)} classes and the model {classes}; give a folder with the same classes",
+    )
 
     named = Path(config.model) / CLASSES
     if named.is_file():

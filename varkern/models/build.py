@@ -12,9 +12,9 @@ from torch import nn
 
 from varkern.models.find import find_model
 from varkern.models.hub import VARHF
-from varkern.models.schedule import PATCH_NUMS_256
 from varkern.models.var import VAR
 from varkern.models.vqvae import VQVAE
+from varkern.modules.schedule import PATCH_NUMS_256
 
 _CONVOLUTIONS = nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d
 _QUIET: tuple[Any, ...] = (nn.Linear, nn.LayerNorm, nn.BatchNorm2d, nn.SyncBatchNorm, *_CONVOLUTIONS)

@@ -5,15 +5,16 @@
 
 import os
 import re
-import tempfile
 import warnings
 from collections.abc import Iterable, Mapping
-from pathlib import Path
+from typing import BinaryIO
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from varkern.atomic import atomic_write
 from varkern.models.configuration import var_config, vqvae_config
 from varkern.models.files import (
     CHECKSUM,
@@ -67,7 +68,10 @@ def state_of(contents: Contents, kind: str | None, where: str) -> dict[str, Tens
     claimed = sum(value.numel() * value.element_size() for value in state.values())
     # Twice: two names may share one tensor. What is beyond is a view that repeats its memory.
     if claimed > 2 * contents.size + 2**20:
-        raise CheckpointError(f"{where} claims to hold {claimed} bytes of weights in a file of {contents.size}")
+        raise CheckpointError(
+            f"{where} claims to hold {claimed} bytes of weights in a file of {contents.size}; "
+            "it is damaged, get it again"
+        )
     for note in notes:
         warnings.warn(note, CheckpointWarning, stacklevel=3)
     return state
@@ -78,19 +82,17 @@ def save_state(state: StateDict, path: str | os.PathLike[str], metadata: dict[st
 
     A checksum goes into the metadata, by which `read_state` knows a damaged file.
     """
-    path = Path(path)
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
     metadata = {"format": "pt", **(metadata or {})}
     metadata[CHECKSUM] = checksum(tensors, metadata)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    os.close(handle)
-    try:
-        save_file(tensors, temporary, metadata=metadata)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+
+    def write(file: BinaryIO) -> None:
+        try:
+            save_file(tensors, file.name, metadata=metadata)
+        except SafetensorError as error:  # what becomes of a full disk there
+            raise OSError(str(error)) from error
+
+    atomic_write(path, write)
 
 
 def load_checkpoint(
@@ -126,7 +128,11 @@ def load_checkpoint(
     _copy(own, {**_derived(module, own), **state})
     broken = [key for key in own if key in state and key != HITS and not _finite(state[key])]
     if broken:
-        warnings.warn(f"{name}: {_some(broken)} hold NaN or infinity", CheckpointWarning, stacklevel=2)
+        warnings.warn(
+            f"{name}: {_some(broken)} hold NaN or infinity, which spoil what is computed from them",
+            CheckpointWarning,
+            stacklevel=2,
+        )
 
 
 def refuse(name: object, module: nn.Module, problems: list[str]) -> None:

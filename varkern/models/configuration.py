@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from varkern.models.files import CheckpointError, CheckpointWarning
-from varkern.models.schedule import PATCH_NUMS_256, PATCH_NUMS_512, as_patch_nums, patch_nums_of_lengths
 from varkern.models.var import VAR
 from varkern.models.vqvae import VQVAE
+from varkern.modules.schedule import PATCH_NUMS_256, PATCH_NUMS_512, as_patch_nums, patch_nums_of_lengths
 
 StateDict = Mapping[str, Tensor]
 Config = Mapping[str, Any]
@@ -88,7 +88,8 @@ def var_config(
     elif "num_heads" not in config:
         if width % 64:
             raise CheckpointError(
-                f"nothing tells the heads of width {width}; num_heads in a config.json beside it would"
+                f"nothing tells the number of heads of width {width}; "
+                "name it in a config.json beside the weights, as num_heads"
             )
         config["num_heads"] = width // 64
         warnings.warn(
@@ -96,7 +97,9 @@ def var_config(
         )
     heads: Any = told.get("num_heads", config.get("num_heads"))
     if not _whole(heads) or heads < 1 or width % heads:
-        raise CheckpointError(f"num_heads is {_short(heads)} in {where}: it does not divide the width, {width}")
+        raise CheckpointError(
+            f"num_heads is {_short(heads)} in {where}: it does not divide the width, {width}; correct it"
+        )
     merged = _merged(config, told, VAR, where, ignored=_FOREIGN)
     return {**merged, "num_heads": heads}
 
@@ -126,12 +129,14 @@ def _var_schedule(state: StateDict, shapes: _Shapes, given: Any) -> Sequence[int
     try:
         return as_patch_nums(patch_nums_of_lengths(lengths))
     except ValueError as error:
-        raise CheckpointError(f"the scales of the checkpoint are no schedule of square maps: {error}") from error
+        raise CheckpointError(f"the scales of the checkpoint make no schedule of square maps: {error}") from error
 
 
 def _plain(value: Tensor, name: str) -> Tensor:
     if value.is_meta or value.is_quantized or value.layout is not torch.strided or value.is_complex():
-        raise CheckpointError(f"{name} is no plain tensor with values ({value.layout}, {value.dtype}, {value.device})")
+        raise CheckpointError(
+            f"{name} is not a plain tensor with values ({value.layout}, {value.dtype}, {value.device})"
+        )
     return value.detach().cpu()
 
 
@@ -167,10 +172,14 @@ def vqvae_config(
     codes, (ch, channels) = shapes.of("quantize.embedding.weight", 2), shapes.of("encoder.conv_in.weight", 4)[:2]
     levels, blocks = shapes.count("encoder.down"), shapes.count("encoder.down.0.block")
     if levels * blocks > len(state):
-        raise CheckpointError(f"this is not a checkpoint of VQVAE: {levels} levels of {blocks} blocks in fewer tensors")
+        raise CheckpointError(
+            f"this is not a checkpoint of VQVAE: it names {levels} levels of {blocks} blocks, but has fewer tensors"
+        )
     widths = [shapes.of(f"encoder.down.{i}.block.0.conv1.weight", 4)[0] for i in range(levels)]
     if any(width % ch for width in widths):
-        raise CheckpointError(f"the encoder's widths {widths} are no multiples of its first, {ch}")
+        raise CheckpointError(
+            f"the encoder's widths {widths} are not multiples of the first, {ch}; the checkpoint is damaged"
+        )
     shared, single = shapes.count("quantize.quant_resi.qresi_ls"), "quantize.quant_resi.qresi.weight" in state
     own = 0 if shared or single else shapes.count("quantize.quant_resi")
     told: dict[str, Any] = {
@@ -216,12 +225,15 @@ def _merged(
         if name in told:
             if not _agree(name, value, told):
                 raise CheckpointError(
-                    f"{where} says {name} = {_short(value)}, but the weights have {_short(told[name])}"
+                    f"{where} says {name} = {_short(value)}, but the weights have {_short(told[name])}; "
+                    "correct the setting"
                 )
         elif name in known:
             merged[name] = _checked(name, value, where)
         elif name not in ignored and not name.startswith("_"):
-            raise CheckpointError(f"{where} has a setting {_short(name)} that {model.__name__} does not know")
+            raise CheckpointError(
+                f"{where} has a setting {_short(name)} that {model.__name__} does not know; remove it"
+            )
     return merged
 
 
@@ -245,7 +257,9 @@ def _checked(name: str, value: Any, where: str) -> Any:
     else:  # switches
         right = isinstance(value, bool | int)
     if not right:
-        raise CheckpointError(f"{where} says {name} = {_short(value)}, which is no value of that setting")
+        raise CheckpointError(
+            f"{where} says {name} = {_short(value)}, which is not a value of that setting; correct it"
+        )
     return value
 
 

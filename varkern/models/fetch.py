@@ -58,14 +58,17 @@ def fetch(
         ) from error
     except RepositoryNotFoundError as error:
         raise CheckpointError(
-            f"{repository} is neither a file, nor a directory, nor a repository on the Hub that is open to you"
+            f"{repository} is neither a file, nor a directory, nor a repository on the Hub that is open to you; "
+            "check the name, or log in"
         ) from error
     except RevisionNotFoundError as error:
-        raise CheckpointError(f"the repository {repository} has no revision {revision}") from error
+        raise CheckpointError(
+            f"the repository {repository} has no revision {revision}; name a branch, tag or commit that it has"
+        ) from error
     except LocalEntryNotFoundError as error:
         why = f"the Hub cannot be reached ({unreachable})" if unreachable else "only the cache was to be read"
         raise CheckpointError(
-            f"{repository} is neither a file nor a directory, and as a Hub repository not in the cache, while {why}"
+            f"{repository} is neither a file nor a directory, nor a Hub repository in the cache, and {why}"
         ) from error
     except (HFValidationError, OSError, RuntimeError, ValueError) as error:  # a full disk, an error of the server ...
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)

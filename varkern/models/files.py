@@ -134,7 +134,10 @@ def _check_zip(path: Path, size: int) -> None:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
             if not any(entry.filename.endswith("/data.pkl") for entry in entries):
-                raise CheckpointError(f"{path} is a zip archive, but no checkpoint of PyTorch (it has no data.pkl)")
+                raise CheckpointError(
+                    f"{path} is a zip archive, but not a checkpoint of PyTorch (it has no data.pkl); "
+                    "name the weights file"
+                )
             if any(entry.filename.endswith("/constants.pkl") for entry in entries):
                 raise CheckpointError(f"{path} is a TorchScript program; save the state dict of the model instead")
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):

@@ -29,10 +29,10 @@ from varkern.models.files import (
     read_file,
     read_json,
 )
-from varkern.models.schedule import PATCH_NUMS_256, PATCH_NUMS_512
 from varkern.models.unwrap import models_in
 from varkern.models.var import VAR
 from varkern.models.vqvae import VQVAE
+from varkern.modules.schedule import PATCH_NUMS_256, PATCH_NUMS_512
 
 __all__ = ["Tokenizer", "find_model", "is_tokenizer", "load_tokenizer", "locate", "metadata_of"]
 
@@ -91,7 +91,7 @@ def load_tokenizer(source: PathLike, patch_nums: Sequence[int] | None = None, **
     contents = read_file(weights)
     kinds = {model.kind for model in models_in(contents.value)}
     if kinds == {"VAR"}:
-        raise CheckpointError(f"{weights} is not a checkpoint of VQVAE: it holds a transformer alone")
+        raise CheckpointError(f"{weights} is not a checkpoint of VQVAE: it holds a transformer alone; name a tokenizer")
     state = state_of(contents, "VQVAE", str(weights))
     config, where = _vae_settings(weights, contents, state, strict=path.is_dir())
     if patch_nums is None:
@@ -133,7 +133,9 @@ def find_model(
     contents = read_file(weights)
     kinds = {model.kind for model in models_in(contents.value)}
     if kinds == {"VQVAE"}:
-        raise CheckpointError(f"{weights} is not a checkpoint of VAR: it lacks 'pos_start'; it is a tokenizer alone")
+        raise CheckpointError(
+            f"{weights} is not a checkpoint of VAR: it lacks 'pos_start'; it is a tokenizer alone: name a transformer"
+        )
     state = state_of(contents, "VAR", str(weights))
     vae_weights = _tokenizer_of(source, path, weights, "VQVAE" in kinds, other)
     settings, where = _var_settings(weights, contents, state, strict=path.is_dir())
@@ -154,7 +156,10 @@ def find_model(
     told = vae_settings.get("v_patch_nums", schedule)
     if told != schedule:
         if other is None:
-            raise CheckpointError(f"{where} says v_patch_nums = {told}, but the transformer has {schedule}")
+            raise CheckpointError(
+                f"{where} says v_patch_nums = {told}, but the transformer has {schedule}; "
+                "name the tokenizer that it was trained with"
+            )
         warnings.warn(
             f"{vae_weights}: the transformer's schedule {schedule} is taken, not the tokenizer's own, {told}",
             CheckpointWarning,
@@ -234,7 +239,9 @@ def _in_folder(folder: Path, name: str) -> Path:
 
 def _model_weights(folder: Path) -> Path:
     if not (folder / WEIGHTS).is_file() and (folder / VAE_WEIGHTS).is_file():
-        raise MissingCheckpointError(f"{folder} has no {WEIGHTS}: it is the folder of a tokenizer alone")
+        raise MissingCheckpointError(
+            f"{folder} has no {WEIGHTS}: it is the folder of a tokenizer alone; name that of a transformer"
+        )
     return _in_folder(folder, WEIGHTS)
 
 
@@ -273,18 +280,18 @@ def _trained(contents: Contents, kind: str) -> dict[str, Any]:
 
 def _vae_settings(weights: Path, contents: Contents, state: StateDict, strict: bool) -> tuple[dict[str, Any], str]:
     """Constructor arguments told beside a tokenizer's weights, and where; with ``strict`` they must fit."""
-    beside = weights.parent / CONFIG
-    if beside.is_file():
+    config_file = weights.parent / CONFIG
+    if config_file.is_file():
         try:
-            kwargs = read_json(beside).get("vae_kwargs")
+            kwargs = read_json(config_file).get("vae_kwargs")
         except CheckpointError:
             if strict:
                 raise
             kwargs = None
         if strict and kwargs is not None and not isinstance(kwargs, dict):
-            raise CheckpointError(f"{beside} says vae_kwargs = {str(kwargs)[:60]}, not an object of settings")
+            raise CheckpointError(f"{config_file} says vae_kwargs = {str(kwargs)[:60]}, not an object of settings")
         if isinstance(kwargs, dict) and (strict or fits(state, kwargs)):
-            return kwargs, str(beside)
+            return kwargs, str(config_file)
     kwargs = _told(contents).get("vae_kwargs")
     if isinstance(kwargs, dict):
         return kwargs, str(weights)
@@ -297,9 +304,9 @@ def _vae_settings(weights: Path, contents: Contents, state: StateDict, strict: b
 
 def _var_settings(weights: Path, contents: Contents, state: StateDict, strict: bool) -> tuple[dict[str, Any], str]:
     """The same of a transformer's weights."""
-    beside = weights.parent / CONFIG
-    if beside.is_file() and (strict or weights.name == WEIGHTS):
-        return read_json(beside), str(beside)
+    config_file = weights.parent / CONFIG
+    if config_file.is_file() and (strict or weights.name == WEIGHTS):
+        return read_json(config_file), str(config_file)
     told = _told(contents)
     settings = _trained(contents, "TransformerConfig")
     if "heads" in settings:

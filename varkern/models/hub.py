@@ -10,10 +10,10 @@ from huggingface_hub import PyTorchModelHubMixin
 
 from varkern.models.checkpoint import save_state
 from varkern.models.find import VAE_WEIGHTS, WEIGHTS, find_model, metadata_of
-from varkern.models.plain import fusable
-from varkern.models.schedule import PATCH_NUMS_256
 from varkern.models.var import VAR
 from varkern.models.vqvae import VQVAE
+from varkern.modules.plain import fusable
+from varkern.modules.schedule import PATCH_NUMS_256
 
 
 @fusable

@@ -14,8 +14,8 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from varkern.data.datasets import Labelled, Part, batches
 from varkern.models import VQVAE
-from varkern.train.data import Labelled, Part, batches
 
 __all__ = ["Encoded", "draw_tokens", "encode_all", "features_of", "teacher_forcing_input", "tokens_of"]
 

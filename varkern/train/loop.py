@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from varkern.train.config import PRECISIONS, LoopConfig, check, resolve_device
-from varkern.train.data import Labelled, batches, epoch_order
+from varkern.data.config import check, resolve_device
+from varkern.data.datasets import Labelled, batches, epoch_order
+from varkern.train.config import PRECISIONS, LoopConfig
 from varkern.train.run import Run, Stopped, random_state, restore_random_state
 from varkern.train.schedule import lr_factor, parameter_groups, peak_lr, weight_decay_at
 
@@ -90,7 +91,9 @@ class Loop:
         )
         self.steps_per_epoch = len(train) // config.batch_size
         if self.steps_per_epoch == 0:
-            raise ValueError(f"batch_size is {config.batch_size} but there are only {len(train)} training images")
+            raise ValueError(
+                f"batch_size is {config.batch_size} but there are only {len(train)} training images; lower it"
+            )
         self.total_steps = config.epochs * self.steps_per_epoch
         self.warmup_steps = round(config.warmup_epochs * self.steps_per_epoch)
         self.step = self.stop = 0  # stop: the signal that asks for it

@@ -10,17 +10,16 @@ import signal
 import sys
 import weakref
 import zipfile
-from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
+from varkern.atomic import atomic_write, unwritable
+from varkern.data.datasets import Part
 from varkern.train.config import LoopConfig
-from varkern.train.data import Part
 
-__all__ = ["CHECKPOINT", "METRICS", "Run", "Stopped", "atomic_write", "random_state", "restore_random_state"]
+__all__ = ["CHECKPOINT", "METRICS", "Run", "Stopped", "random_state", "restore_random_state"]
 
 CHECKPOINT = "checkpoint.pt"
 CLASSES = "classes.json"
@@ -32,30 +31,6 @@ FORMAT = 1
 FREE_SETTINGS = frozenset({"out", "resume", "workers", "device", "log_every", "checkpoint_every", "on_bad_image"})
 # Settings of the schedule, which is a function of the step and is computed anew.
 SCHEDULE_SETTINGS = frozenset({"base_lr", "warmup_epochs", "epochs"})
-
-
-def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write ``path`` so that a reader, or a power cut, finds the whole old file or the whole new one.
-
-    Raises OSError naming ``path`` where it cannot be written.
-    """
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(scratch, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
-    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
-        raise unwritable(path, error) from error
-    finally:
-        with suppress(OSError):
-            scratch.unlink(missing_ok=True)
-
-
-def unwritable(path: Path, error: Exception) -> OSError:
-    reason = next((e.strerror for e in (error, error.__context__) if isinstance(e, OSError) and e.strerror), str(error))
-    return OSError(f"{path} cannot be written ({reason}); free some space or choose another folder")
 
 
 class Stopped(KeyboardInterrupt):
@@ -187,7 +162,8 @@ class Run:
             )
         if state["kind"] != type(self.config).__name__:
             raise ValueError(
-                f"{self.checkpoint} belongs to a run with {state['kind']}, not {type(self.config).__name__}"
+                f"{self.checkpoint} belongs to a run with {state['kind']}, not {type(self.config).__name__}; "
+                "choose another folder"
             )
         # A setting that the checkpoint does not know yet had the effect of its default.
         defaults = {field.name: field.default for field in dataclasses.fields(self.config)}

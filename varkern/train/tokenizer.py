@@ -9,15 +9,16 @@ from typing import Any, cast
 import numpy as np
 import torch
 
+from varkern.atomic import atomic_write
+from varkern.data.datasets import Part, batches, load_split
 from varkern.models import VQVAE
 from varkern.models.checkpoint import save_state
 from varkern.models.find import CONFIG, VAE_WEIGHTS, load_tokenizer, metadata_of
 from varkern.train.codebook import count_codes, restart_unused_codes, usage_of
 from varkern.train.config import TokenizerConfig
-from varkern.train.data import Part, batches, load_split
 from varkern.train.loop import Loop
 from varkern.train.losses import psnr, reconstruction_loss
-from varkern.train.run import Run, atomic_write
+from varkern.train.run import Run
 
 __all__ = ["TokenizerLoop", "load_tokenizer", "train_tokenizer"]
 

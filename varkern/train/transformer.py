@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 
+from varkern.data.config import check, resolve_device
+from varkern.data.datasets import Part, batches, load_split
 from varkern.models import VAR, VARHF, VQVAE
 from varkern.models.checkpoint import load_checkpoint
-from varkern.train.config import TransformerConfig, check, resolve_device
-from varkern.train.data import Part, batches, load_split
+from varkern.train.config import TransformerConfig
 from varkern.train.encode import Encoded, draw_tokens, encode_all, features_of, teacher_forcing_input, tokens_of
 from varkern.train.loop import Loop
 from varkern.train.losses import token_loss, token_metrics
@@ -79,9 +80,12 @@ def train_transformer(config: TransformerConfig) -> Path:
     size = patch_nums[-1] * tokenizer.vae.downsample
     check(
         config.channels in (0, channels),
-        f"channels is {config.channels} but tokenizer {config.tokenizer} has {channels}",
+        f"channels is {config.channels} but tokenizer {config.tokenizer} has {channels}; leave it at 0 to take that",
     )
-    check(config.image_size in (0, size), f"image_size is {config.image_size} but the tokenizer takes {size} pixels")
+    check(
+        config.image_size in (0, size),
+        f"image_size is {config.image_size} but the tokenizer takes {size} pixels; leave it at 0 to take that",
+    )
     config = replace(config, image_size=size, channels=channels)
     with Run(config) as run:
         train, held_out = load_split(config, config.seed)

@@ -1,7 +1,7 @@
 """The transformer's block: attention and feed-forward around adaptive layer norms.
 
 Linear layers are always called, so that they may be anything (wrapped, adapted, quantized, hooked). What stands in for
-other modules asks `varkern.models.plain` first.
+other modules asks `varkern.modules.plain` first.
 """
 
 import math
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from varkern.models.plain import fusable, is_plain, is_plain_norm
+from varkern.modules.plain import fusable, is_plain, is_plain_norm
 from varkern.ops import reference_forced
 from varkern.ops._library import check_floats
 from varkern.ops.attention import BlockCausal, block_causal_attention_qkv

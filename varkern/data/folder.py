@@ -42,7 +42,9 @@ def list_classes(root: Path) -> list[str]:
     the sub-folders are parts of a data set.
     """
     if not root.exists():
-        raise FileNotFoundError(f"image folder {root} does not exist")
+        raise FileNotFoundError(
+            f"image folder {root} does not exist; name a folder with one sub-folder of images for each class"
+        )
     if not root.is_dir():
         raise NotADirectoryError(f"{root} is a file; name a folder with one sub-folder of images for each class")
     classes = subfolders(root)

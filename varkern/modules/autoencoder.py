@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._C._functorch import is_batchedtensor
 
-from varkern.models.plain import fusable, is_plain, is_plain_conv
+from varkern.modules.plain import fusable, is_plain, is_plain_conv
 from varkern.ops import reference_forced
 from varkern.ops._library import needs_gradient
 from varkern.ops.conv import Norm, conv3x3

@@ -1,4 +1,4 @@
-"""Trains, measures and packs the bundled model: ``python -m varkern.train.bundled --out varkern/assets``.
+"""Trains, measures and packs the bundled model: ``python -m varkern.assets.recipe --out varkern/assets``.
 
 Both stages run on two CPU threads with fixed seeds. Nothing in ``--out`` is replaced unless the model meets its bars.
 """
@@ -16,16 +16,17 @@ from typing import Any
 
 import torch
 
+from varkern.atomic import atomic_write
 from varkern.eval import EvaluateConfig, evaluate
 from varkern.models.checkpoint import read_state, save_state
 from varkern.train.config import TokenizerConfig, TransformerConfig
-from varkern.train.run import CHECKPOINT, atomic_write
+from varkern.train.run import CHECKPOINT
 from varkern.train.tokenizer import train_tokenizer
 from varkern.train.transformer import train_transformer
 
 __all__ = ["BARS", "SAMPLING", "TOKENIZER", "TRANSFORMER", "main", "missed_bars"]
 
-COMMAND = "python -m varkern.train.bundled --out varkern/assets"
+COMMAND = "python -m varkern.assets.recipe --out varkern/assets"
 FILES = ("config.json", "model.safetensors", "vae.safetensors")
 THREADS = 2
 
@@ -226,8 +227,8 @@ def build(out: Path, work: Path, resume: bool) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point of ``python -m varkern.train.bundled``."""
-    parser = argparse.ArgumentParser(prog="python -m varkern.train.bundled", description=__doc__)
+    """Entry point of ``python -m varkern.assets.recipe``."""
+    parser = argparse.ArgumentParser(prog="python -m varkern.assets.recipe", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder that receives the model, its card and metrics")
     parser.add_argument("--work", type=Path, help="folder of the training runs, kept (default: temporary)")
     parser.add_argument("--resume", action="store_true", help="continue the runs in --work")

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from varkern.models.plain import compute_dtype, fusable, is_plain, is_plain_conv
-from varkern.models.schedule import as_patch_nums, as_sizes, nearest_tick, phi_ticks
+from varkern.modules.plain import compute_dtype, fusable, is_plain, is_plain_conv
+from varkern.modules.schedule import as_patch_nums, as_sizes, nearest_tick, phi_ticks
 from varkern.ops import quantize as ops
 from varkern.ops._library import check_floats
 from varkern.ops.quantize import Size

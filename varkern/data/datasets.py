@@ -19,11 +19,22 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from varkern.data.config import DataConfig
+from varkern.data.folder import bad_images, list_classes, list_images, refusal
 from varkern.images import from_uint8, image_suffixes, open_image
-from varkern.train.config import DataConfig
-from varkern.train.folder import bad_images, list_classes, list_images, refusal
 
-__all__ = ["Digits", "ImageFolder", "Labelled", "batches", "epoch_order", "load_split", "stratified_split"]
+__all__ = [
+    "Digits",
+    "ImageFolder",
+    "Labelled",
+    "Part",
+    "batches",
+    "epoch_order",
+    "held_out_digits",
+    "load_split",
+    "shortened",
+    "stratified_split",
+]
 
 RESIZE_MARGIN = 1.125  # short side before the crop, in units of the target (VAR's recipe)
 
@@ -119,7 +130,10 @@ class ImageFolder(Augmented):
             labels += [len(self.classes)] * len(found)
             self.classes.append(name)
         if not self.files:
-            raise ValueError(f"the class folders of {self.root} hold no images ({', '.join(sorted(image_suffixes()))})")
+            raise ValueError(
+                f"the class folders of {self.root} hold no images; "
+                f"files with these endings count: {', '.join(sorted(image_suffixes()))}"
+            )
         self.labels = np.array(labels, dtype=np.int64)
         if empty:
             self.notes.append(f"{len(empty)} class folders without images are no classes: {shortened(empty)}")
@@ -243,6 +257,20 @@ def load_split(config: DataConfig, seed: int = 0) -> tuple[Part, Part]:
     augmented = copy.copy(plain)  # shares the list of files or the scans
     augmented.augment, augmented.flip = config.augment, config.flip
     return Part(augmented, train), Part(plain, test)
+
+
+def held_out_digits(count: int, size: int, channels: int) -> tuple[torch.Tensor, list[int]]:
+    """Real digits the bundled model was not trained on, 0 to 9 in turn: (count, channels, size, size) in [-1, 1].
+
+    Raises ImportError without scikit-learn, which carries them, and ValueError where there are too few.
+    """
+    _, held_out = load_split(DataConfig(data="digits", image_size=size, channels=channels))
+    if count > len(held_out):
+        raise ValueError(f"there are {len(held_out)} held-out digits and {count} were asked for; ask for fewer")
+    # The i-th of each digit comes before the (i + 1)-th of any.
+    rank = [(int((held_out.labels[:i] == label).sum()), int(label), i) for i, label in enumerate(held_out.labels)]
+    chosen = sorted(rank)[:count]
+    return torch.stack([held_out[i][0] for _, _, i in chosen]), [label for _, label, _ in chosen]
 
 
 def epoch_order(length: int, seed: int, epoch: int) -> np.ndarray:

@@ -1,0 +1,1 @@
+"""What the models are made of, with the official parameter names; nothing here generates, loads or saves."""
