@@ -44,7 +44,7 @@ $(OLDER_TRITON): $(INSTALLED)
 	  $(BIN)/python -m pip install --disable-pip-version-check --no-deps --target $@ triton==3.6.0
 
 # Three calls of at most eight minutes, PARTS="build test", "build ops", "build generation", and "build sanitize"; results
-# also go to the folder GPU_OUT.
+# go to the folder GPU_OUT (out/gpu). Ends with an error where a part failed or was not finished.
 PARTS ?= build test
 gpu:
 	$(PYTHON) benchmarks/gpu.py --parts "$(PARTS)"

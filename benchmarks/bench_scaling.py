@@ -12,7 +12,7 @@ import models
 import pytest
 import shapes
 import torch
-from bench_generate import check, generation
+from bench_generate import check_all, generation
 from measure import settings
 
 CPU_DEPTHS, CUDA_DEPTHS = [2, 4, 8], [8, 12, 16, 20, 24, 30]
@@ -32,12 +32,11 @@ def run(compare: Any, device: torch.device, depth: int, batch: int, schedule: st
     ch = 32 if device.type == "cpu" else 160
     var = models.build(depth, device, SCHEDULES[schedule], ch=ch)
     calls = {"reference": generation(var, batch, "reference"), "varkern": generation(var, batch, None)}
-    want = calls["reference"]()
-    check(calls["varkern"](), want, device)
+    shape = check_all(calls, device)
     moved, flop = models.generation_work(var, batch, 4 if device.type == "cpu" else 2)
     dtype = torch.float32 if device.type == "cpu" else torch.float16
-    facts = {"batch": batch, "depth": depth, "pixels": want.images.shape[-1], **axis}
-    compare(calls, moved, flop, dtype=dtype, shape=tuple(want.images.shape), **facts)
+    facts = {"batch": batch, "depth": depth, "pixels": shape[-1], **axis}
+    compare(calls, moved, flop, dtype=dtype, shape=shape, **facts)
 
 
 def only(device: torch.device, value: int, cpu: list[int], cuda: list[int]) -> None:

@@ -7,8 +7,8 @@ pytest benchmarks --smoke                          tiny shapes, each call checke
 
 from __future__ import annotations
 
-import json
 import platform
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -56,17 +56,10 @@ def device_of(item: pytest.Item) -> list[str]:
     return [params["device"]] if "device" in params else []
 
 
-def remember(line: dict[str, Any]) -> None:
-    """Written at once: what was measured before a crash is not lost."""
-    if measure.settings.rows is not None:
-        with measure.settings.rows.open("a") as file:
-            file.write(json.dumps(line, default=str) + "\n")
-
-
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if time.time() > measure.settings.deadline:
-        remember({"not_run": item.nodeid, "reason": "the time was up"})
+        measure.remember({"not_run": item.nodeid, "reason": "the time was up"})
         pytest.skip("the time was up")
 
 
@@ -74,12 +67,12 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.failed:
         crash = getattr(report.longrepr, "reprcrash", None)
         message = crash.message if crash else str(report.longrepr)
-        remember({"failure": report.nodeid, "message": " ".join(message.split())[:300]})
+        measure.remember({"failure": report.nodeid, "message": " ".join(message.split())[:300]})
 
 
 def pytest_collectreport(report: pytest.CollectReport) -> None:
     if report.failed:
-        remember({"failure": report.nodeid, "message": " ".join(str(report.longrepr).split())[-300:]})
+        measure.remember({"failure": report.nodeid, "message": " ".join(str(report.longrepr).split())[-300:]})
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -91,6 +84,8 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 @pytest.fixture(autouse=True)
 def _checks() -> Iterator[None]:
+    if "torch._dynamo" in sys.modules:  # compiled for other shapes, it would be compiled again for any, or no more
+        torch._dynamo.reset()
     measure.begin_checks()
     yield
     measure.end_checks()
@@ -115,7 +110,8 @@ def record(request: pytest.FixtureRequest, device: torch.device) -> Callable[...
         baseline = next(iter(rows))
         for provider, row in rows.items():
             key = {"file": request.node.path.name, "group": group, "name": name, "provider": provider}
-            remember({"row": {**key, "baseline": baseline, **shared, **row, "facts": facts}})
+            all_facts = {**facts, **row.get("facts", {})}
+            measure.remember({"row": {**key, "baseline": baseline, **shared, **row, "facts": all_facts}})
 
     return write
 
@@ -126,15 +122,22 @@ def compare(benchmark: Any, device: torch.device, record: Callable[..., None]) -
 
     ``compare(calls, moved, flop, **facts)``: the least number of bytes that the computation has to move, and of
     floating-point operations that it has to do (0: they do not matter). ``dtype`` among the facts says which products
-    the floor counts. The row that pytest-benchmark shows is the last provider's; ``extra_info["providers"]`` has all.
+    the floor counts; ``steps``: how many calls a sample has in succession. The row that pytest-benchmark shows is the
+    last provider's; ``extra_info["providers"]`` has all.
     """
 
-    def run(calls: dict[str, Callable[[], Any]], moved: float, flop: float = 0, **facts: Any) -> None:
+    def run(calls: dict[str, Callable[[], Any]], moved: float, flop: float = 0, steps: int = 1, **facts: Any) -> None:
         dtype = getattr(torch, str(facts.get("dtype", "float32")).removeprefix("torch."), torch.float32)
-        rows = measure.measure(calls, device, moved, flop, dtype)
+        rows = measure.measure(calls, device, moved, flop, dtype, steps)
+        if steps > 1:
+            facts["steps"] = steps
         for name, row in rows.items():
+            if not row["rounds"]:
+                print(f"\n{name:>14}: out of memory", end="")
+                continue
             rates = f"{row['gb_s']:7.1f} GB/s, {row['gflop_s']:8.1f} GFLOP/s, {row['fraction']:4.0%} of the floor"
-            print(f"\n{name:>14}: {row['median_s'] * 1e6:9.1f} µs, {rates}, {row['speedup']:5.2f}x", end="")
+            ratio = "" if row["speedup"] is None else f", {row['speedup']:5.2f}x"
+            print(f"\n{name:>14}: {row['median_s'] * 1e6:9.1f} µs, {rates}{ratio}", end="")
         record(rows, **facts)
         versions = {"varkern": varkern.__version__, "torch": torch.__version__, "python": platform.python_version()}
         benchmark.extra_info.update(

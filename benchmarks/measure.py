@@ -3,6 +3,9 @@
 Machines drift: another process, a clock that steps down. So the providers of one comparison are not timed one after
 the other but interleaved, one sample each in every round, in an order that rotates, and a speed-up is the median of the
 ratios within the rounds. Slow calls get fewer rounds.
+
+A provider other than varkern that the GPU's memory does not suffice for costs its own row alone: ``out_of_memory``
+takes its place among the calls.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import json
 import os
 import platform
 import re
@@ -66,6 +70,83 @@ def begin_checks() -> None:
 def end_checks() -> None:
     """From here on as PyTorch does left alone: so people run it, and so it is timed."""
     _checks.close()
+
+
+def remember(line: dict[str, Any]) -> None:
+    """Written at once: what was measured before a crash is not lost."""
+    if settings.rows is not None:
+        with settings.rows.open("a") as file:
+            file.write(json.dumps(line, default=str) + "\n")
+
+
+_inside: list[dict[str, str]] = []
+
+
+def float32_settings() -> dict[str, str]:
+    """How a GPU computes in float32 as PyTorch is set now: "tf32", "ieee", or "none" where that is left to PyTorch."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    if hasattr(cudnn, "conv"):
+        found = {"convolutions": cudnn.conv.fp32_precision, "products": matmul.fp32_precision}
+    else:
+        flags = {"convolutions": cudnn.allow_tf32, "products": matmul.allow_tf32}
+        found = {name: "tf32" if flag else "ieee" for name, flag in flags.items()}
+    with contextlib.suppress(RuntimeError):  # where the newer switches say what it has no word for
+        found["float32_matmul_precision"] = torch.get_float32_matmul_precision()
+    return found
+
+
+def note_float32() -> None:
+    """For what switches within the call that is timed: a row is recorded with what held in there."""
+    _inside[:] = [float32_settings()]
+
+
+class Short(Exception):
+    """The memory of the device did not suffice for a provider that is not varkern's."""
+
+
+def out_of_memory() -> None:
+    """Stands among the calls for one that the memory did not suffice for."""
+    raise Short
+
+
+def spared(calls: dict[str, Call], name: str) -> Any:
+    """The result of a provider; raises Short where the memory does not suffice, and puts ``out_of_memory`` for it.
+
+    varkern's own error is passed on: that is a failure.
+    """
+    try:
+        return calls[name]()
+    except torch.cuda.OutOfMemoryError:
+        if name.startswith("varkern"):
+            raise
+    # Out of the handler, since the error holds the frames of the failed call, and these its tensors.
+    calls[name] = out_of_memory
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    raise Short
+
+
+def results_of(calls: dict[str, Call]) -> dict[str, Any]:
+    """What each provider returns, called once, to be checked; without those that are out of memory.
+
+    Whatever else a peer raises is recorded as a failure, and it leaves ``calls``; what the baseline or varkern raises
+    is passed on.
+    """
+    found, first = {}, next(iter(calls))
+    for name in list(calls):
+        try:
+            found[name] = spared(calls, name)
+        except Short:
+            continue
+        except Exception as error:  # of a compiler, say
+            if name == first or name.startswith("varkern"):
+                raise
+            del calls[name]
+            test = os.environ.get("PYTEST_CURRENT_TEST", "").partition(" ")[0]
+            message = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            remember({"failure": f"{test}, {name}", "message": message})
+    return found
 
 
 @dataclass(frozen=True)
@@ -192,7 +273,7 @@ def peak_bytes(call: Call, device: torch.device) -> int | None:
     """Memory that a call takes at its peak above what was allocated before; None on a CPU (see memory_child.py).
 
     A generation that has become a CUDA graph takes no memory any more. So graphs are freed first, and of two calls the
-    first runs without a graph, the second captures one.
+    first runs without a graph, the second captures one. None, too, where the memory does not suffice for that.
     """
     if device.type != "cuda":
         return None
@@ -201,8 +282,11 @@ def peak_bytes(call: Call, device: torch.device) -> int | None:
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    for _ in range(2):
-        call()
+    try:
+        for _ in range(2):
+            call()
+    except torch.cuda.OutOfMemoryError:
+        return None
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
 
@@ -212,32 +296,62 @@ def quartiles(samples: Sequence[float]) -> list[float]:
     return statistics.quantiles(samples, n=4) if len(samples) > 1 else [samples[0]] * 3
 
 
+def _in_succession(calls: dict[str, Call], name: str, steps: int) -> Call:
+    def run() -> None:
+        for _ in range(steps):
+            spared(calls, name)
+
+    return run
+
+
 def measure(
-    calls: dict[str, Call], device: torch.device, moved: float, flop: float, dtype: torch.dtype = torch.float32
+    calls: dict[str, Call],
+    device: torch.device,
+    moved: float,
+    flop: float,
+    dtype: torch.dtype = torch.float32,
+    steps: int = 1,
 ) -> dict[str, dict[str, Any]]:
     """One row a provider, compared with the first of them, whose results have been checked.
 
     moved, flop: the bytes that the computation has to move at least, and the operations that it has to do.
+    steps: so many calls follow each other in a sample, without waiting for the device in between; times are of one.
     """
     end_checks()
-    now = ceilings(device, dtype)
-    seconds = interleave(calls, device)
-    baseline, floor, rows = seconds[next(iter(calls))], now.floor(moved, flop), {}
-    for name, samples in seconds.items():
+    now, first = ceilings(device, dtype), next(iter(calls))
+    unchecked = calls[first] is out_of_memory
+    seconds: dict[str, list[float]] | None = None
+    while seconds is None:
+        timed = {name: _in_succession(calls, name, steps) for name, call in calls.items() if call is not out_of_memory}
+        with contextlib.suppress(Short):  # then all over again, without it
+            seconds = interleave(timed, device)
+    floor, rows = now.floor(moved, flop), {}
+    for name in calls:
+        if name not in seconds:
+            rows[name] = {"rounds": 0, "facts": {"out_of_memory": True}}
+            continue
+        samples = [value / steps for value in seconds[name]]
         low, middle, high = quartiles(samples)
-        slow, ratio, fast = quartiles([b / s for b, s in zip(baseline, samples, strict=True)])
+        ratios = [b / s / steps for b, s in zip(seconds[first], samples, strict=True)] if first in seconds else None
+        slow, ratio, fast = quartiles(ratios) if ratios else [None] * 3
+        _inside.clear()
+        peak = peak_bytes(calls[name], device)
+        facts: dict[str, Any] = {"unchecked": True} if unchecked else {}
+        if device.type == "cuda":
+            facts["float32"] = _inside[0] if _inside else float32_settings()
         rows[name] = {
             "median_s": middle,
             "quartiles_s": [low, high],
             "speedup": ratio,
-            "speedup_quartiles": [slow, fast],
+            "speedup_quartiles": [slow, fast] if ratios else None,
             "gb_s": moved / middle / 1e9,
             "gflop_s": flop / middle / 1e9,
             "floor_s": floor,
             "fraction": floor / middle,
-            "peak_bytes": peak_bytes(calls[name], device),
+            "peak_bytes": peak,
             "rounds": len(samples),
             "ceilings": [now.bytes_s / 1e9, now.flop_s / 1e9],
+            "facts": facts,
         }
     begin_checks()
     return rows

@@ -7,6 +7,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import measure
 import shapes
 import torch
 from torch import nn
@@ -34,6 +35,7 @@ def as_the_demo_runs(device: torch.device) -> Iterator[None]:
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     before = cudnn.allow_tf32, matmul.allow_tf32
     cudnn.allow_tf32 = matmul.allow_tf32 = True
+    measure.note_float32()
     try:
         with torch.autocast(device.type, torch.float16, enabled=device.type == "cuda"):
             yield

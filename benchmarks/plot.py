@@ -34,7 +34,7 @@ def pyplot() -> Any:
 
 def speedups(result: Result) -> Any:
     """A bar for each comparison, its whiskers the quartiles; a line where nothing is gained."""
-    rows = record.ours(result)
+    rows = [row for row in record.ours(result) if row["speedup"]]
     if not rows:
         return None
     figure, axes = pyplot().subplots(figsize=(9, 1 + 0.24 * len(rows)), layout="constrained")
@@ -66,7 +66,8 @@ def scaling(result: Result) -> Any:
 
     Below: peak memory where it was recorded with the times, on a GPU; else images a second.
     """
-    groups = {axis: [r for r in result["rows"] if r["group"] == group] for axis, (_, group) in AXES.items()}
+    timed = [row for row in result["rows"] if row["median_s"]]
+    groups = {axis: [r for r in timed if r["group"] == group] for axis, (_, group) in AXES.items()}
     if not any(groups.values()):
         return None
     figure, panels = pyplot().subplots(2, 3, figsize=(12, 6.5), layout="constrained", sharex="col")

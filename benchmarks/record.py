@@ -20,7 +20,8 @@ Result = dict[str, Any]
 SCHEMA = 1
 RESULTS = Path(os.environ.get("VARKERN_RESULTS") or Path(__file__).resolve().parent / "results")
 NUMBER = (int, float)
-# What a row holds. A row without a time holds a peak of memory, or a count (of a sanitizer's errors).
+# What a row holds. A row without a time holds a peak of memory, or a count (of a sanitizer's errors), or says that its
+# provider ran out of memory; beside such a baseline the others have no speed-up.
 ROW = {
     "file": (str,),
     "group": (str,),
@@ -139,7 +140,7 @@ def key(row: Row) -> tuple[str, str, str]:
 
 
 def merged(old: Result | None, new: Result, ran: Iterable[str]) -> Result:
-    """The new result with the old rows of the files that did not run; ``ran`` names those that did."""
+    """The new result with the old rows of the files that did not run to their end; ``ran`` names those that did."""
     if old is None:
         return new
     fresh, ran = {key(row) for row in new["rows"]}, set(ran)
@@ -184,7 +185,7 @@ def slower(old: Result | None, new: Result) -> list[str]:
         if ratio <= 1 + noise(was, row, "median_s", "quartiles_s"):
             continue
         text = f"{' / '.join(key(row))}: {seconds(was['median_s'])} -> {seconds(row['median_s'])}"
-        if row["provider"] != row["baseline"] and was["baseline"] == row["baseline"]:
+        if row["provider"] != row["baseline"] == was["baseline"] and row["speedup"] and was["speedup"]:
             fallen = was["speedup"] / row["speedup"]
             if fallen <= 1 + noise(was, row, "speedup", "speedup_quartiles"):
                 continue
@@ -222,12 +223,14 @@ def table(result: Result) -> str:
             lines += ["", heading]
         for row in rows:
             if row["median_s"] is None:
-                shown = bytes_(row["peak_bytes"]) or " ".join(f"{k} {v}" for k, v in row["facts"].items())
+                lacking = "out of memory" if row["facts"].get("out_of_memory") else ""
+                shown = lacking or bytes_(row["peak_bytes"]) or " ".join(f"{k} {v}" for k, v in row["facts"].items())
                 lines.append(f"  {name:40} {row['provider']:>14} {shown:>10}")
                 continue
             low, high = row["quartiles_s"]
             spread = (high - low) / row["median_s"]
-            times = f"{seconds(row['median_s']):>10} ±{spread / 2:4.0%}  {row['speedup']:6.2f}x"
+            ratio = f"{row['speedup']:6.2f}x" if row["speedup"] else 7 * " "  # none beside a baseline out of memory
+            times = f"{seconds(row['median_s']):>10} ±{spread / 2:4.0%}  {ratio}"
             floor = f"{row['fraction']:5.0%} of the floor" if row["floor_s"] else ""
             lines.append(f"  {name:40} {row['provider']:>14} {times}  {floor:18} {bytes_(row['peak_bytes']):>10}")
     return "\n".join(lines)
@@ -246,7 +249,7 @@ def not_faster(result: Result) -> list[str]:
 def _not_faster(rows: Iterable[Row]) -> list[str]:
     lines = []
     for row in rows:
-        if row["speedup"] <= 1:
+        if row["speedup"] and row["speedup"] <= 1:
             lines.append(f"{row['group']}, {row['name']}: {row['speedup']:.2f}x {row['baseline']}")
     return lines
 
@@ -297,7 +300,9 @@ def _summary(result: Result) -> list[str]:
             name = f"{row['group']}: {row['name']}"
             lines.append(f"| {name} | {_times(row, groups)} | {_speedup(row)} | {row['commit']} |")
     for group in dict.fromkeys(row["group"] for row in chosen if row["file"] not in END_TO_END + ELSEWHERE):
-        rows = [row for row in chosen if row["group"] == group]
+        rows = [row for row in chosen if row["group"] == group and row["speedup"]]
+        if not rows:  # every baseline ran out of memory
+            continue
         low, high = min(row["speedup"] for row in rows), max(row["speedup"] for row in rows)
         span = f"{low:.2f}" if len(rows) == 1 else f"{low:.2f}–{high:.2f}"
         bases, commits = (", ".join(dict.fromkeys(row[what] for row in rows)) for what in ("baseline", "commit"))
@@ -307,8 +312,8 @@ def _summary(result: Result) -> list[str]:
 
 def _memory(groups: dict[tuple[str, str], list[Row]]) -> list[str]:
     """The table of peaks, or nothing where none was measured."""
-    pairs = [(rows[0], rows[-1]) for rows in groups.values() if rows[0]["median_s"] is None and len(rows) > 1]
-    pairs = [pair for pair in pairs if pair[0]["peak_bytes"]]
+    pairs = [(rows[0], rows[-1]) for rows in groups.values() if rows[0]["peak_bytes"] and len(rows) > 1]
+    pairs = [(base, row) for base, row in pairs if base["median_s"] is None and row["peak_bytes"]]
     if not pairs:
         return []
     head = "| peak memory, inputs and weights excluded | reference | varkern | share | commit |"
@@ -329,10 +334,13 @@ def _provenance(result: Result) -> str:
 
 def _times(row: Row, groups: dict[tuple[str, str], list[Row]]) -> str:
     base = next(r for r in groups[row["group"], row["name"]] if r["provider"] == row["baseline"])
-    return f"{seconds(base['median_s'])} ({row['baseline']}) | {seconds(row['median_s'])}"
+    time = "out of memory" if base["median_s"] is None else seconds(base["median_s"])
+    return f"{time} ({row['baseline']}) | {seconds(row['median_s'])}"
 
 
 def _speedup(row: Row) -> str:
+    if row["speedup"] is None:
+        return ""
     slow, fast = row["speedup_quartiles"]
     return f"{row['speedup']:.2f} ({slow:.2f}–{fast:.2f})"
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from planted_rows import BENCHMARKS, bars, gpu, measure, module, record, result, row, suite
+from planted_rows import BENCHMARKS, bars, measure, module, record, result, row, suite
 
 from varkern import cli
 
@@ -326,67 +326,3 @@ def test_every_cpu_bar_names_a_benchmark_that_exists() -> None:
             assert '"cpu": (2, 1) if settings.smoke else (8, 4)' in source
             continue
         assert (bar.device, name) in collected, bar
-
-
-# --- make gpu -------------------------------------------------------------------------------------------------------
-
-MEMCHECK = "========= COMPUTE-SANITIZER\n5 passed in 2 s\n========= ERROR SUMMARY: {} errors\n"
-RACECHECK = (
-    "========= COMPUTE-SANITIZER\n5 passed in 2 s\n========= RACECHECK SUMMARY: 0 hazards displayed (0 errors)\n"
-)
-
-
-def test_sanitizers_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu.shutil, "which", lambda _: "compute-sanitizer")
-    outputs = {"memcheck": (0, MEMCHECK.format(0)), "racecheck": (0, RACECHECK)}
-    monkeypatch.setattr(gpu, "run", lambda command, *_, **__: outputs[command[2]])
-    rows: list[dict[str, Any]] = []
-    assert gpu.sanitize(60, rows) == gpu.Outcome("ok", "memcheck: 0 errors; racecheck: 0 errors")
-    assert [entry["row"]["facts"]["errors"] for entry in rows] == [0, 0]
-    found = suite.result_of(rows, "cpu", "make gpu")
-    record.check(found)
-    found["device_type"] = "cuda"
-    statuses = {v.bar.name: v.status for v in bars.evaluate(found) if v.bar.area == "sanitizer"}
-    assert statuses == {"memcheck": "pass", "racecheck": "pass"}
-
-    outputs |= {"memcheck": (1, MEMCHECK.format(3)), "racecheck": (None, "")}
-    rows.clear()
-    assert gpu.sanitize(60, rows) == gpu.Outcome("FAILED", "memcheck: 3 errors; racecheck: out of time")
-    outputs["memcheck"] = (1, "compute-sanitizer: unknown option\n")
-    assert gpu.sanitize(60, rows).text.startswith("memcheck: not run (compute-sanitizer: unknown option)")
-    monkeypatch.setattr(gpu.shutil, "which", lambda _: None)
-    assert gpu.sanitize(60, rows).status == "not run"
-
-
-def test_a_part_ends_with_its_time() -> None:
-    status, output = gpu.run([sys.executable, "-uc", "print('begun'); import time; time.sleep(60)"], 3)
-    assert status is None
-    assert output == "begun\n"
-    assert gpu.run([sys.executable, "-c", "raise SystemExit(3)"], 60)[0] == 3
-
-
-def test_parts_that_are_none_and_machines_without_a_gpu() -> None:
-    with pytest.raises(SystemExit, match="PARTS has tests; name some of build, test"):
-        gpu.main(["--parts", "tests ops"])
-    if not torch.cuda.is_available():
-        with pytest.raises(SystemExit, match="sees no CUDA device through torch"):
-            gpu.main(["--parts", "bars"])
-
-
-def test_parts_run_in_order_and_one_that_fails_keeps_none_back(
-    monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Path
-) -> None:
-    ran = []
-
-    def part(name: str, outcome: Any) -> Callable[..., Any]:
-        return lambda *_: (ran.append(name), outcome)[1]
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
-    monkeypatch.setattr(gpu, "OUT", tmp_path)
-    monkeypatch.delenv("GPU_OUT", raising=False)
-    for name in ("build", "test", "sanitize", "bench", "bars"):
-        monkeypatch.setattr(gpu, name, part(name, gpu.Outcome("FAILED" if name == "test" else "ok")))
-    assert gpu.main(["--parts", "ops test"]) == 1
-    assert ran == ["test", "bench", "bars"]
-    assert "FAILED" in capsys.readouterr().out

@@ -72,15 +72,23 @@ class TestBoundsNotice:
         with pytest.raises(AssertionError):
             torch.testing.assert_close(got[0], want[0], rtol=1e-4, atol=1e-4)
 
-    @pytest.mark.parametrize("name", ["plain", "without_bias", "upsample", "smaller_than_a_tile"])
+    @pytest.mark.parametrize("name", [name for name in test_conv.CASES if name != "image"])
     def test_convolution(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Where no norm stands before it, whose rounding has a bound of its own that is wider."""
-        inputs = test_conv.arguments(test_conv.CASES[name])
+        """Of some draws, since few numbers may be near TF32's. So many channels as in "image" have a wider bound."""
+        draws = [test_conv.arguments(test_conv.CASES[name]) for _ in range(8)]
         with varkern.use_backend("reference"):
-            test_conv.check(inputs)
-            monkeypatch.setattr(conv, "F", Rounded())
-            with pytest.raises(AssertionError):
+            for inputs in draws:
                 test_conv.check(inputs)
+            monkeypatch.setattr(conv, "F", Rounded())
+            assert any(self.fails(inputs) for inputs in draws)
+
+    @staticmethod
+    def fails(inputs: tuple[Any, ...]) -> bool:
+        try:
+            test_conv.check(inputs)
+        except AssertionError:
+            return True
+        return False
 
 
 def flags() -> list[Any]:
