@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from varkern.models import VQVAE, autoencoder
+from varkern.models import VQVAE
+from varkern.modules import autoencoder
 from varkern.ops import (
     _library,
     group_norm_affine,
