@@ -1,4 +1,4 @@
-"""What the tests share: one seed, NaN in uninitialised memory, the grid of devices and backends.
+"""What the tests share: one seed, NaN in uninitialised memory, the grid of devices and backends, the command line.
 
 Without a CUDA device the Triton kernels run in Triton's interpreter, which must be asked for before they are imported;
 what has to see compiled kernels (``test_kernels_aot.py``) runs in processes of its own.
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -86,3 +87,42 @@ def dot_in_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
         return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
 
     monkeypatch.setattr(builder, "create_dot", exact)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a model with random weights."""
+    from tiny_model import save_tiny
+
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    """A colour photograph-like file, not square, of another size than the model's."""
+    from PIL import Image
+
+    y, x = np.mgrid[0:50, 0:80]
+    pixels = np.stack([x * 3, y * 5, (x + y) * 2], axis=-1).astype(np.uint8)
+    path = tmp_path / "photo.png"
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+@pytest.fixture
+def run(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> Callable[..., tuple[int, str, str]]:
+    """``run("sample", ...)`` in an empty folder on the tiny model: (exit status, stdout, stderr)."""
+    from varkern import cli
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("VARKERN_DEBUG", raising=False)
+
+    def call(*arguments: object, model: bool = True) -> tuple[int, str, str]:
+        argv = [str(argument) for argument in arguments]
+        status = cli.main([*argv, "--checkpoint", str(tiny), "--device", "cpu"] if model else argv)
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return call

@@ -238,13 +238,49 @@ def test_bad_files_are_listed_before_training_or_left_out(folder):
     assert set(train.whole.labels) == {0}
 
 
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".tif", ".gif", ".bmp"])
+def test_a_truncated_file_is_found_before_training(suffix, folder):
+    pixels = np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    path = folder / "dogs" / f"x{suffix}"
+    Image.fromarray(pixels).save(path)
+    load_split(DataConfig(data=str(folder), image_size=16))
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 3 // 4])  # the header is whole
+    with pytest.raises(ValueError, match=rf"1 image file is bad: \S*x\{suffix} cannot be read"):
+        load_split(DataConfig(data=str(folder), image_size=16))
+
+
+@pytest.mark.parametrize("size", [(1, 100_000), (100_000, 1), (3, 20_000)])
+@pytest.mark.parametrize("augment", [False, True])
+def test_a_very_long_image_is_not_enlarged_to_gigabytes(size, augment, tmp_path, monkeypatch):
+    resize = Image.Image.resize
+
+    def watched(image, size, *arguments):
+        assert max(size) <= 16 * min(size)
+        return resize(image, size, *arguments)
+
+    monkeypatch.setattr(Image.Image, "resize", watched)
+    (tmp_path / "a").mkdir()
+    levels = np.linspace(0, 255, max(size)).astype(np.uint8)
+    levels = np.broadcast_to(levels if size[0] > size[1] else levels[:, None], size[::-1])
+    Image.fromarray(levels.copy()).save(tmp_path / "a" / "0.png")
+    data = ImageFolder(tmp_path, 16, 1, augment=augment)
+    means = []
+    for epoch in range(5):
+        data.set_epoch(epoch)
+        image = data[0][0]
+        assert image.shape == (1, 16, 16)
+        assert image.std() < 0.05  # sixteen rows of a hundred thousand
+        means.append(float(image.mean()))
+    assert np.std(means) > 0.1 if augment else np.allclose(means, 0, atol=0.05)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_file_that_breaks_later_is_one_sentence(workers, folder):
     data = ImageFolder(folder, 16)
     path = folder / "dogs" / "0.png"
-    path.write_bytes(path.read_bytes()[:700])  # the header is whole
     torch.ones(512, 512) @ torch.ones(512, 512)  # a parallel region: forked workers must not wait for its threads
     data.check("error")
+    path.write_bytes(path.read_bytes()[:700])
     with pytest.raises(ValueError, match=r"^\S*dogs/0\.png cannot be read as an image") as caught:
         list(batches(data, range(len(data)), 4, workers=workers))
     assert "\n" not in str(caught.value)
@@ -265,3 +301,19 @@ def test_digest_tells_other_data(folder):
     assert ImageFolder(folder, 32).digest() == before
     (folder / "cats" / "0.png").rename(folder / "dogs" / "x.png")
     assert ImageFolder(folder, 16).digest() != before
+
+
+def test_class_names_that_are_not_utf8_are_saved_and_read(tmp_path):
+    from varkern.eval.evaluate import class_names
+    from varkern.train.run import Run
+
+    names = [os.fsdecode(b"\xff\xfe"), "a\nb", "\u00e9"]
+    for name in names:
+        picture(tmp_path / "data" / name / "0.png")
+    data = ImageFolder(tmp_path / "data", 16)
+    assert set(data.classes) == set(names)
+    run = object.__new__(Run)
+    run.folder = tmp_path
+    run.write_classes(data.classes)
+    assert class_names(tmp_path) == data.classes
+    assert "\u00e9" in (tmp_path / "classes.json").read_text(encoding="utf-8")

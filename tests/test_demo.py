@@ -58,6 +58,17 @@ def test_scales_end_in_the_generated_image(made, tiny):
     assert shows(made["scales.png"], result.images[1])
 
 
+def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("sys.argv", ["demo", "--out", str(tmp_path / "file" / "demo")])
+    with pytest.raises(SystemExit) as leaving:
+        demo.main()
+    assert leaving.value.code == 2
+    error = capsys.readouterr().err
+    assert "file is a file; choose another folder" in error
+    assert error.count("\n") == 1
+
+
 def test_reconstruction_shows_both_of_a_pair(made, tiny):
     var = varkern.load(tiny)
     originals = varkern.generate(var, 10, list(range(10)), 0, **demo.SAMPLING).images

@@ -1,10 +1,14 @@
 """Metrics against closed forms, and the bundled model against its bars."""
 
+import importlib
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from tiny_model import save_tiny
 
 from varkern.assets import bundled_model
 from varkern.data.config import DataConfig
@@ -14,6 +18,8 @@ from varkern.eval.digits import DigitMeasures
 from varkern.eval.evaluate import generate, stacked
 from varkern.eval.metrics import nearest_distances
 from varkern.models import VARHF
+
+evaluation = importlib.import_module("varkern.eval.evaluate")  # a function of that name is in its place
 
 
 def test_psnr_of_a_constant_error():
@@ -126,3 +132,65 @@ def test_evaluate_refuses_what_does_not_fit():
         evaluate(EvaluateConfig(model=model, data="digits", image_size=32, channels=1, part="test"))
     with pytest.raises(ValueError, match="'digits' only"):
         evaluate(EvaluateConfig(model=model, data="folder", image_size=32, channels=1, generate=True))
+
+
+@pytest.fixture
+def named(tmp_path, monkeypatch):
+    """A model of ten classes with names, and a folder with images of all of them."""
+    save_tiny(tmp_path / "model")
+    names = [f"kind {i}" for i in range(10)]
+    (tmp_path / "model" / "classes.json").write_text(json.dumps(names))
+    rng = np.random.default_rng(0)
+    for name in names:
+        (tmp_path / "all" / name).mkdir(parents=True)
+        for i in range(6):
+            Image.fromarray(rng.integers(0, 256, (36, 36), dtype=np.uint8)).save(tmp_path / "all" / name / f"{i}.png")
+    return tmp_path
+
+
+def measured(folder, data, monkeypatch):
+    """The result, and the parts that were measured."""
+    seen, encode = [], evaluation.encode_all
+
+    def watched(vae, part, *arguments, **settings):
+        seen.append(part)
+        return encode(vae, part, *arguments, **settings)
+
+    monkeypatch.setattr(evaluation, "encode_all", watched)
+    settings = {"image_size": 32, "channels": 1, "device": "cpu", "batch_size": 8}
+    result = evaluate(EvaluateConfig(model=str(folder / "model"), data=str(folder / data), **settings))
+    monkeypatch.setattr(evaluation, "encode_all", encode)
+    part = seen[0]
+    files = [
+        (part.whole.files[i].relative_to(folder / data).as_posix(), int(part.whole.labels[i])) for i in part.indices
+    ]
+    return result, files
+
+
+def test_some_of_the_classes_are_measured_as_the_model_numbers_them(named, monkeypatch):
+    _, everything = measured(named, "all", monkeypatch)
+    for name in ("kind 9", "kind 2", "kind 5"):
+        shutil.copytree(named / "all" / name, named / "some" / name)
+    result, files = measured(named, "some", monkeypatch)
+    assert (result["images"], result["classes"]) == (6, 3)
+    assert {label for _, label in files} == {2, 5, 9}
+    assert files == [(file, label) for file, label in everything if label in (2, 5, 9)]  # the same are held out
+
+
+def test_classes_that_the_model_does_not_have_are_told(named, monkeypatch):
+    (named / "all" / "kind 3").rename(named / "all" / "dog")
+    with pytest.raises(ValueError, match=r"not trained on the classes dog of \S*all, but on kind 0, .*; give a folder"):
+        measured(named, "all", monkeypatch)
+    shutil.rmtree(named / "all" / "dog")
+    (named / "model" / "classes.json").unlink()
+    with pytest.raises(ValueError, match=r"has 9 classes, not 10 as the model; to measure on some .*classes\.json"):
+        measured(named, "all", monkeypatch)
+
+
+def test_an_unwritable_result_is_refused_before_the_model_is_read(named, monkeypatch):
+    monkeypatch.setattr(evaluation, "load", lambda *arguments: pytest.fail("it was read"))
+    settings = {"model": str(named / "model"), "data": str(named / "all"), "image_size": 32, "channels": 1}
+    with pytest.raises(ValueError, match="a folder; name a file"):
+        evaluate(EvaluateConfig(**settings, out=str(named)))
+    with pytest.raises(OSError, match=r"classes\.json is a file; choose another folder"):
+        evaluate(EvaluateConfig(**settings, out=str(named / "model" / "classes.json" / "r.json")))

@@ -25,6 +25,7 @@ LAYERS = (
     ("varkern.train",),
     ("varkern.eval",),
     ("varkern.assets.recipe", "varkern.edit", "varkern.info", "varkern.sampling"),
+    ("varkern.photograph",),
     ("varkern",),
     ("varkern.commands", "varkern.demo"),
     ("varkern.cli",),

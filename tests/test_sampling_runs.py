@@ -125,6 +125,106 @@ def test_a_picture_tells_how_to_make_it_again(run):
     assert text["image_seed"] == sampling.image_seed(9, 1)
 
 
+def start(folder, *arguments):
+    command = [sys.executable, "-m", "varkern", "sample", "--checkpoint", "tiny", "--device", "cpu", "--out", folder]
+    return subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def runs_of(folder):
+    return json.loads(Path(folder, sampling.MANIFEST).read_text())["runs"]
+
+
+@pytest.mark.parametrize("seeded", [True, False])
+def test_two_processes_share_a_folder(run, seeded):
+    made = [start("s", "--num", "4", *(["--seed", str(i)] if seeded else [])) for i in (1, 2)]
+    for process in made:
+        assert process.wait(120) == 0, process.stderr.read()
+    runs = runs_of("s")
+    assert sorted(entry["first"] for entry in runs) == [0, 4]
+    assert len({entry["seed"] for entry in runs}) == 2
+    assert len(content("s")) == 8
+    for entry in runs:
+        assert run("--num", 4, "--seed", entry["seed"], "--out", f"alone{entry['seed']}") == 0
+        assert pixels(f"alone{entry['seed']}") == pixels("s")[entry["first"] : entry["first"] + 4]
+    assert not list(Path("s").glob(f".{sampling.MANIFEST}.?.lock"))
+
+
+def test_the_list_of_runs_is_read_under_the_lock(run):
+    """A record that another process writes just before the lock is had is kept."""
+    from varkern.train.run import lock
+
+    assert run("--num", 1, "--seed", 1, "--out", "s") == 0
+    with lock(Path("s"), sampling.LOCK):
+        waiting = start("s", "--num", "1", "--seed", "2")
+        with pytest.raises(subprocess.TimeoutExpired):
+            waiting.wait(8)
+        (entry,) = runs_of("s")
+        Path("s", sampling.MANIFEST).write_text(json.dumps({"runs": [entry, entry | {"seed": 7, "first": 1}]}))
+    assert waiting.wait(60) == 0
+    assert [(entry["seed"], entry["first"]) for entry in runs_of("s")] == [(1, 0), (7, 1), (2, 2)]
+
+
+def test_a_run_that_another_process_makes_is_not_made_twice(run, capsys):
+    from varkern.train.run import lock
+
+    assert run("--num", 2, "--seed", 1, "--out", "s") == 0
+    sorted(Path("s").glob("*.png"))[0].unlink()
+    with lock(Path("s"), f".{sampling.MANIFEST}.0.lock"):
+        assert run("--num", 2, "--seed", 1, "--out", "s") == 2
+        assert f"s is in use by another run (process {os.getpid()}); wait for it" in capsys.readouterr().err
+        assert run("--num", 2, "--out", "s") == 0
+    assert [entry["first"] for entry in runs_of("s")] == [0, 2]
+    assert run("--num", 2, "--seed", 1, "--out", "s") == 0
+    assert len(content("s")) == 4
+
+
+def test_other_weights_are_another_run(run, tmp_path, capsys):
+    assert run("--num", 3, "--seed", 4, "--out", "s") == 0
+    before = content("s")
+    sorted(Path("s").glob("*.png"))[2].unlink()
+    capsys.readouterr()
+    for part, name in enumerate(("var", "vae")):
+        model = varkern.load(tmp_path / "tiny")
+        weights = (model if name == "var" else model.vae_proxy[0]).state_dict()
+        with torch.no_grad():
+            next(value for value in weights.values() if value.is_floating_point()).add_(0.01)
+        model.save_pretrained(tmp_path / "tiny")
+        assert run("--num", 3, "--seed", 4, "--out", "s") == 0
+        assert "the weights have changed since the runs of these settings in s: a new run" in capsys.readouterr().err
+        assert [entry["first"] for entry in runs_of("s")] == [0, 3, 6][: 2 + part]
+        assert len(content("s")) == 2 + 3 * (part + 1)
+    assert {name: content("s")[name] for name in list(before)[:2]} == dict(list(before.items())[:2])
+    assert run("--num", 3, "--seed", 4, "--out", "s") == 0
+    assert "weights have changed" not in capsys.readouterr().err
+    assert len(content("s")) == 8
+
+
+@pytest.mark.parametrize("name", ["a b", "a\nb", b"a\xffb", "\u00e9" * 100, "a" * 250, "-x"])
+def test_folders_of_any_name(run, capsys, name):
+    name = os.fsdecode(name)
+    assert run("--num", 1, "--seed", 4, f"--out={name}") == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert len(content(name)) == 1
+    if len(os.fsencode(name)) < 250:
+        assert run("--num", 1, "--seed", 4, f"--out={name}.png") == 0
+        assert len(capsys.readouterr().out.splitlines()) == 2
+        assert Path(f"{name}.png").exists()
+
+
+def test_a_folder_that_cannot_be_written(run, capsys, monkeypatch):
+    Path("file").touch()
+    assert run("--num", 1, "--out", "file/s") == 2
+    assert "file/s cannot be written: file is a file; choose another folder" in capsys.readouterr().err.replace(
+        f"{Path.cwd()}/", ""
+    )
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # permissions do not bind root
+    for out in ("s", "s/a.png"):
+        assert run("--num", 1, "--out", out) == 2
+        assert "s cannot be written: " in (error := capsys.readouterr().err)
+        assert error.count("\n") == 1
+    assert not Path("s").exists()
+
+
 def test_a_grid_of_too_many_images_and_a_broken_manifest_are_errors(run, capsys):
     assert run("--num", sampling.LARGEST_GRID + 1, "--out", "g.png") == 2
     assert "name a folder" in capsys.readouterr().err

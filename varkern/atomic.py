@@ -20,7 +20,7 @@ def atomic_write(path: str | os.PathLike[str], write: Callable[[BinaryIO], objec
     hidden, and ends in ``.tmp``. Raises OSError naming ``path`` where it cannot be written.
     """
     path = Path(path)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    scratch = path.with_name(f".{path.name[:40]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         with open(scratch, "xb") as file:
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)

@@ -20,6 +20,7 @@ from varkern import commands
 from varkern._version import __version__
 from varkern.edit import Box
 from varkern.models import CheckpointError
+from varkern.photograph import LONGEST_SEAM
 
 __all__ = ["build_parser", "main"]
 
@@ -36,6 +37,7 @@ EXAMPLES = {
   varkern reconstruct                              held-out digits through the bundled tokenizer (needs scikit-learn)
   varkern reconstruct cat.jpg dog.png --vae vae_ch160v4096z32.pth --out pairs.png""",
     "edit": """
+  varkern edit photo.jpg --mask region.png --seam 8 --checkpoint runs/d16 --out edited.png
   varkern edit digit.png --box 0.5,0,1,1 --num 8 --seed 0 --out edits.png
   varkern edit digit.png --box 0.25,0.25,0.75,0.75 --mode outpaint
   varkern edit digit.png --mask region.png --mode class --class 8""",
@@ -253,7 +255,9 @@ def build_parser() -> argparse.ArgumentParser:
     _model_options(sub)
 
     sub = command("reconstruct", commands.reconstruct, "images through the tokenizer and back, with their PSNR")
-    sub.add_argument("images", nargs="*", type=Path, help="image files of any size, resized and centre-cropped")
+    sub.add_argument(
+        "images", nargs="*", default=[], type=Path, help="image files of any size, resized and centre-cropped"
+    )
     sub.add_argument(
         "--num",
         type=_int(1, "a number"),
@@ -265,13 +269,13 @@ def build_parser() -> argparse.ArgumentParser:
     _model_options(sub)
 
     sub = command("edit", commands.edit_image, "generate a part of an image anew, without training")
-    sub.add_argument("image", type=Path, help="an image file of any size, resized and centre-cropped")
-    sub.add_argument("--box", type=_box, metavar="T,L,B,R", help="the region: fractions of the cropped image, 0 to 1")
+    sub.add_argument("image", type=Path, help="an image file of any shape, edited in a square around the region")
+    sub.add_argument("--box", type=_box, metavar="T,L,B,R", help="the region: fractions of the image, 0 to 1")
     sub.add_argument(
         "--mask",
         type=Path,
         metavar="FILE",
-        help="the region as a picture instead, white inside, cropped as the image is",
+        help="the region as a picture instead, white inside, of the image's shape",
     )
     sub.add_argument(
         "--mode",
@@ -279,7 +283,19 @@ def build_parser() -> argparse.ArgumentParser:
         default="inpaint",
         help="generate the inside of the region, its outside, or the inside as --class (default: %(default)s)",
     )
-    sub.add_argument("--paste-back", action="store_true", help="pixels outside the region stay the image's own")
+    sub.add_argument(
+        "--paste-back",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="the whole image, its own outside the region (default), or the square as the model makes it",
+    )
+    sub.add_argument(
+        "--seam",
+        type=_int(0, "a number of pixels", LONGEST_SEAM),
+        default=0,
+        metavar="N",
+        help="fade what is generated over N pixels inside its edge (default: %(default)s)",
+    )
     _class_option(sub, "with --mode class")
     _out_option(sub, "out/edits", "several results as a grid")
     _sampling_options(sub, "number of results (default: one, or one of each class named)")

@@ -11,8 +11,6 @@ import importlib
 import importlib.util
 import json
 import math
-import os
-import re
 import secrets
 import sys
 import time
@@ -22,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from varkern import edit, images, sampling
@@ -32,9 +31,11 @@ from varkern.engine.options import Options
 from varkern.models import VAR, VQVAE, CheckpointWarning, load
 from varkern.models.find import load_tokenizer, locate
 from varkern.ops import reference_forced
+from varkern.photograph import Photograph, faded
 
 __all__ = ["bench", "edit_image", "evaluate", "info", "reconstruct", "sample", "train", "train_tokenizer"]
 
+LARGEST_SHEET = 2**26  # pixels of several photographs in one picture
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -94,8 +95,9 @@ def _image_size(vae: VQVAE) -> int:
 
 def _labels(names: Sequence[str], num_classes: int, checkpoint: str) -> list[int]:
     """Class numbers of what ``--class`` names; a name of ``classes.json`` goes before a number."""
-    path = Path(checkpoint) / "classes.json"
-    known = _class_names(path, num_classes) if path.is_file() else []
+    from varkern.eval.evaluate import class_names
+
+    known = class_names(Path(checkpoint), num_classes) or []
     numbers = {name.lower(): number for number, name in enumerate(known)}
     labels = []
     for name in names:
@@ -103,22 +105,10 @@ def _labels(names: Sequence[str], num_classes: int, checkpoint: str) -> list[int
         if label < 0 and name.isdecimal():
             label = int(name)
         if not 0 <= label <= num_classes or (label == num_classes and name.lower() != "none"):
-            also = f", a name in {path}" if known else ""
+            also = f", a name in {Path(checkpoint) / 'classes.json'}" if known else ""
             raise ValueError(f"--class {name} is not a class: give a number in 0..{num_classes - 1}{also}, or none")
         labels.append(label)
     return labels
-
-
-def _class_names(path: Path, num_classes: int) -> list[str]:
-    try:
-        names = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); repair or remove it") from error
-    if not isinstance(names, list) or len(names) != num_classes:
-        raise ValueError(
-            f"{path} must be a JSON list of {num_classes} names, in the order of the classes; repair or remove it"
-        )
-    return [str(name) for name in names]
 
 
 def _check_out(out: Path) -> None:
@@ -131,33 +121,7 @@ def _check_out(out: Path) -> None:
         )
     if out.suffix.lower() != ".png" and out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; name a .png file or a folder")
-
-
-def _write(out: Path, results: Tensor, names: Sequence[str], rows: Sequence[Tensor] | None = None) -> None:
-    """Results (B, C, H, W) in [0, 1] as files of a folder, or as one picture; says what was written where."""
-    if out.suffix.lower() == ".png":
-        replaced = out.exists()
-        if rows is None and len(results) == 1:
-            images.write_png(images.to_pil(results[0]), out)
-        else:
-            columns = math.ceil(math.sqrt(len(results)))
-            images.write_png(images.sheet(rows or results.split(columns)), out)
-        print(f"{'replaced' if replaced else 'wrote'} {out}")
-        return
-    taken = [int(found[1]) for path in out.glob("*.png") if (found := re.match(r"(\d{5,})_", path.name))]
-    first = max(taken, default=-1) + 1
-    for number, (image, name) in enumerate(zip(results, names, strict=True), first):
-        images.write_png(images.to_pil(image), out / f"{number:05d}_{name}.png")
-    kept = f", beside {len(taken)} that were there" if taken else ""
-    print(f"wrote {len(results)} images to {out}{os.sep}{first:05d}_*.png .. {number:05d}_*.png{kept}")
-
-
-def _batches(count: int, size: int, what: str) -> Iterator[tuple[int, slice]]:
-    """(batch number, its items) with a progress bar where there are several."""
-    from tqdm import tqdm
-
-    for batch in tqdm(range(math.ceil(count / size)), desc=what, unit="batch", disable=count <= size):
-        yield batch, slice(batch * size, (batch + 1) * size)
+    images.check_writable(out.parent if out.suffix.lower() == ".png" else out)
 
 
 def _sampling(options: argparse.Namespace) -> dict[str, Any]:
@@ -184,19 +148,28 @@ def sample(options: argparse.Namespace) -> None:
 
     names = [_class_name(label, var.num_classes) for label in labels]
     begin = time.perf_counter()
-    settings = _settings(options) | {"command": "sample", "classes": classes}
+    settings = _settings(options, var) | {"command": "sample", "classes": classes}
     new = functools.partial(secrets.randbelow, 2**31)
     seed, made = sampling.run(options.out, settings, options.seed, new, names, options.batch_size, make, "sampling")
     print(f"{made} images, seed {seed}, {device}, {options.dtype}: {time.perf_counter() - begin:.2f} s")
 
 
-def _settings(options: argparse.Namespace) -> dict[str, Any]:
+def _settings(options: argparse.Namespace, var: VAR) -> dict[str, Any]:
     """What decides images beside the seed, as JSON values."""
-    return _sampling(options) | {
+    return _sampling(options) | _source(options, var, var.vae_proxy[0])
+
+
+def _source(options: argparse.Namespace, *models: torch.nn.Module) -> dict[str, Any]:
+    """Where the models come from, and of a run in a folder, which goes on, what they are."""
+    from varkern.train.transformer import digest_of_weights
+
+    grid = options.out.suffix.lower() == ".png"
+    return {
         "checkpoint": options.checkpoint,
         "vae": options.vae,
         "patch_nums": options.patch_nums,
         "dtype": options.dtype,
+        "weights": None if grid else [digest_of_weights(model) for model in models],
     }
 
 
@@ -214,6 +187,8 @@ def _tokenizer(options: argparse.Namespace) -> VQVAE:
 
 
 def reconstruct(options: argparse.Namespace) -> None:
+    from varkern.data.datasets import digest_of
+    from varkern.data.folder import bad_images
     from varkern.train.losses import psnr
 
     _check_out(options.out)
@@ -222,29 +197,46 @@ def reconstruct(options: argparse.Namespace) -> None:
             "there is nothing to reconstruct: name image files (only the bundled model has images of its "
             "own, held-out digits)"
         )
+    if faults := bad_images(options.images):
+        raise ValueError(next(iter(faults.values())))
     vae = _tokenizer(options)
     size, weight = _image_size(vae), vae.post_quant_conv.weight
-    if options.images:
-        names = [path.name for path in options.images]
-        originals = torch.stack([images.read_image(path, size, vae.in_channels) for path in options.images])
-    else:
-        originals, digits = held_out_digits(options.num, size, vae.in_channels)
-        names = [f"digit {digit}" for digit in digits]
-    made = []
-    with torch.no_grad():
-        for _, items in _batches(len(originals), options.batch_size, "reconstructing"):
-            batch = originals[items].to(device=weight.device, dtype=weight.dtype)
-            result = vae.img_to_reconstructed_img(batch, last_one=True)
-            assert isinstance(result, Tensor)
-            made.append(result.float().cpu())
-    results = torch.cat(made)
-    values = psnr(results, originals).tolist()
-    for name, value in zip(names, values, strict=True):
-        print(f"{name}: PSNR {value:.2f} dB")
+    digits, labels = (None, []) if options.images else held_out_digits(options.num, size, vae.in_channels)
+    names = [path.name for path in options.images] or [f"digit {digit}" for digit in labels]
+    grid = options.out.suffix.lower() == ".png"
+    values, originals = list[float](), list[Tensor]()
+
+    def make(indices: list[int], _: list[int]) -> Tensor:
+        if digits is None:
+            read = [images.read_image(options.images[i], size, vae.in_channels) for i in indices]
+        else:
+            read = [digits[i] for i in indices]
+        batch = torch.stack(read)
+        with torch.no_grad():
+            made = vae.img_to_reconstructed_img(batch.to(device=weight.device, dtype=weight.dtype), last_one=True)
+        assert isinstance(made, Tensor)
+        found = psnr(made.float().cpu(), batch).tolist()
+        for i, value in zip(indices, found, strict=True):
+            print(f"{images.shown(names[i])}: PSNR {value:.2f} dB")
+        values.extend(found)
+        if grid:
+            originals.extend(batch.add(1).div(2).split(1))
+        return made.add(1).div(2)
+
+    def rows(made: list[Tensor]) -> list[Tensor]:
+        return [torch.cat(part[i : i + 8]) for i in range(0, len(made), 8) for part in (originals, made)]
+
+    stems = [images.file_stem(Path(name).stem) for name in names]
+    settings = {"command": "reconstruct", "files": digest_of([_state(path) for path in options.images])}
+    settings |= _source(options, vae)
+    sampling.run(options.out, settings, None, lambda: 0, stems, options.batch_size, make, "reconstructing", rows=rows)
     print(f"mean of {len(values)}: PSNR {sum(values) / len(values):.2f} dB")
-    both = [part.add(1).div(2) for pair in zip(originals.split(8), results.split(8), strict=True) for part in pair]
-    stems = [Path(name).stem.replace(" ", "") for name in names]
-    _write(options.out, results.add(1).div(2), stems, rows=both)
+
+
+def _state(path: Path) -> tuple[str, int, int]:
+    """Name, size and time of change: what one of many files is known by."""
+    status = path.stat()
+    return str(path), status.st_size, status.st_mtime_ns
 
 
 def edit_image(options: argparse.Namespace) -> None:
@@ -255,26 +247,31 @@ def edit_image(options: argparse.Namespace) -> None:
         raise ValueError(f"--class goes with --mode class; leave it out of {options.mode}ing, which has no class")
     if (options.box is None) == (options.mask is None):
         raise ValueError("name the region by either --box T,L,B,R or --mask FILE, not both")
+    if options.seam and not options.paste_back:
+        raise ValueError("--seam fades what is pasted back; leave out --no-paste-back")
+    photo = Photograph(options.image, options.box, options.mask, outside=options.mode == "outpaint")
     var = _load(options)
     vae, device = var.vae_proxy[0], var.lvl_1L.device
-    image = images.read_image(options.image, _image_size(vae), vae.in_channels)
-    mask = None if options.mask is None else images.read_mask(options.mask)
     labels = _labels(options.classes or ["none"], var.num_classes, _checkpoint(options))
     count = options.num or len(labels)
     labels = [labels[i % len(labels)] for i in range(count)]
     check_options(var, 1, Options(**_sampling(options)))  # before the folder is made
-    edit.regions_of(var, options.box, mask, outside=options.mode == "outpaint")
-    width, height = images.open_image(options.image, vae.in_channels).size
-    if width != height:
-        print(f"{options.image} is {width}x{height}: its central square is edited, and the rest is left out")
-    region: dict[str, Any] = {"box": options.box, "mask": mask, "paste_back": options.paste_back}
+    pixels = count * math.prod(photo.shape)
+    if options.out.suffix.lower() == ".png" and options.paste_back and count > 1 and pixels > LARGEST_SHEET:
+        raise ValueError(
+            f"--out {images.shown(options.out)}: {count} photographs of {photo.shape[1]}x{photo.shape[0]} are too "
+            f"many pixels for one picture ({pixels}, above {LARGEST_SHEET}); name a folder"
+        )
+    print(photo.fit(_image_size(vae), vae.in_channels))
+    given, cells = (
+        photo.given.to(device=device, dtype=DTYPES[options.dtype]),
+        photo.cells(var.patch_nums[-1]).to(device),
+    )
+    alpha = faded(photo.generated, options.seam)
 
     def edited(part: Tensor, seed: int | list[int]) -> Tensor:
-        given = image.to(device=device, dtype=DTYPES[options.dtype]).expand(len(part), -1, -1, -1)
-        if options.mode == "class":
-            return edit.class_edit(var, given, part, seed=seed, **region, **_sampling(options)).images
-        paint = edit.inpaint if options.mode == "inpaint" else edit.outpaint
-        return paint(var, given, seed=seed, **region, **_sampling(options)).images
+        batch = given.expand(len(part), -1, -1, -1)
+        return edit.regenerate(var, batch, cells, part, seed, **_sampling(options)).images
 
     def make(indices: list[int], seeds: list[int]) -> Tensor:
         part = torch.tensor([labels[i] for i in indices], dtype=torch.int64, device=device)
@@ -282,18 +279,24 @@ def edit_image(options: argparse.Namespace) -> None:
             return edited(part, seeds)
         return torch.cat([edited(label, seed) for label, seed in zip(part.split(1), seeds, strict=True)])
 
+    def finish(image: Tensor) -> Image.Image:
+        return photo.pasted(image, alpha) if options.paste_back else images.to_pil(image)
+
     kind = [_class_name(label, var.num_classes) if options.mode == "class" else options.mode for label in labels]
     files = [path for path in (options.image, options.mask) if path is not None]
-    settings = _settings(options) | {
+    settings = _settings(options, var) | {
         "command": "edit",
         "mode": options.mode,
         "classes": options.classes,
         "box": options.box,
         "paste_back": options.paste_back,
+        "seam": options.seam,
         "files": [[str(path), hashlib.sha256(path.read_bytes()).hexdigest()] for path in files],
     }
     begin, new = time.perf_counter(), functools.partial(secrets.randbelow, 2**31)
-    seed, made = sampling.run(options.out, settings, options.seed, new, kind, options.batch_size, make, "editing")
+    seed, made = sampling.run(
+        options.out, settings, options.seed, new, kind, options.batch_size, make, "editing", finish
+    )
     print(f"{made} edits, seed {seed}, {device}, {options.dtype}: {time.perf_counter() - begin:.2f} s")
 
 

@@ -23,6 +23,7 @@ import varkern
 from varkern import images
 from varkern.assets import bundled_model
 from varkern.data.datasets import held_out_digits
+from varkern.models import CheckpointError
 
 __all__ = ["Demo", "main", "run"]
 
@@ -115,6 +116,7 @@ def run(
     ``checkpoint``: as for `varkern.load`; None is the bundled model. ``digits``: whether the originals are real
     digits; None: they are for the bundled model, where scikit-learn is installed.
     """
+    images.check_writable(out)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     begin = time.perf_counter()
     var = varkern.load(checkpoint or str(bundled_model()), device=device)
@@ -140,7 +142,7 @@ def run(
     for name, make in pictures.items():
         start = time.perf_counter()
         paths.append(images.write_png(make(), out / name))
-        print(f"{paths[-1]}  {time.perf_counter() - start:.2f} s")
+        print(f"{images.shown(paths[-1])}  {time.perf_counter() - start:.2f} s")
     print(f"done in {time.perf_counter() - begin:.1f} s")
     return paths
 
@@ -154,7 +156,10 @@ def main() -> None:
     parser.add_argument("--device", help="cpu, cuda ... (default: cuda where there is one, else cpu)")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     options = parser.parse_args()
-    run(options.out, options.checkpoint, options.device, seed=options.seed)
+    try:
+        run(options.out, options.checkpoint, options.device, seed=options.seed)
+    except (CheckpointError, OSError, RuntimeError, ValueError) as error:  # what the command line can set right
+        parser.exit(2, f"{parser.prog}: error: {' '.join(str(error).split())}\n")
 
 
 if __name__ == "__main__":

@@ -32,6 +32,14 @@ def box_mask(side: int, box: Box) -> Tensor:
     is empty or leaves the image.
     """
     side = check_integer("side", side, 1, 2**15)
+    rows, columns = box_cells(side, side, box)
+    mask = torch.zeros(side, side, dtype=torch.float32, device="cpu")
+    mask[rows, columns] = 1
+    return mask
+
+
+def box_cells(height: int, width: int, box: Box) -> tuple[slice, slice]:
+    """The rows and columns of a plane that a box, checked as by `box_mask`, marks."""
     edges = list(box) if isinstance(box, Iterable) else []
     if len(edges) != 4 or not all(isinstance(edge, int | float | np.integer | np.floating) for edge in edges):
         raise ValueError(f"box must be four numbers (top, left, bottom, right), fractions of the image; got {box!r}")
@@ -40,9 +48,7 @@ def box_mask(side: int, box: Box) -> Tensor:
         raise ValueError(
             f"box must be (top, left, bottom, right) with 0 <= top < bottom <= 1, and left < right; got {box}"
         )
-    mask = torch.zeros(side, side, dtype=torch.float32, device="cpu")
-    mask[_cells(top, bottom, side), _cells(left, right, side)] = 1
-    return mask
+    return _cells(top, bottom, height), _cells(left, right, width)
 
 
 def _cells(low: float, high: float, side: int) -> slice:
@@ -51,13 +57,13 @@ def _cells(low: float, high: float, side: int) -> slice:
     return slice(first, last) if first < last else slice(math.floor(low * side), math.ceil(high * side))
 
 
-def _touched(mask: Tensor, size: tuple[int, int]) -> Tensor:
+def touched(mask: Tensor, size: tuple[int, int]) -> Tensor:
     """(..., H, W) in [0, 1] -> (..., *size), 1 where a cell holds a part of a pixel of at least 0.5."""
     planes = (mask.reshape(-1, 1, *mask.shape[-2:]) >= 0.5).float()
     return F.adaptive_max_pool2d(planes, size).reshape(*mask.shape[:-2], *size)
 
 
-def regions_of(var: VAR, box: Box | None, mask: Tensor | None, outside: bool = False) -> tuple[Tensor, Tensor]:
+def _regions_of(var: VAR, box: Box | None, mask: Tensor | None, outside: bool = False) -> tuple[Tensor, Tensor]:
     """What is generated anew, in [0, 1]: of the last token map (..., p_K, p_K), and of the image (..., H, W)."""
     check_model(var)
     side = var.patch_nums[-1]
@@ -79,12 +85,12 @@ def regions_of(var: VAR, box: Box | None, mask: Tensor | None, outside: bool = F
         raise ValueError("mask values must be in [0, 1], 1 inside the region")
     if outside:
         region = 1 - region
-    cells = region if region.shape[-2:] == (side, side) else _touched(region, (side, side))
+    cells = region if region.shape[-2:] == (side, side) else touched(region, (side, side))
     if not bool((cells > 0).flatten(-2).any(-1).all()):
         raise ValueError("the mask leaves nothing to generate; mark a part of the image by 1 and the rest by 0")
     if bool((region == 1).flatten(-2).all(-1).any()):
         raise ValueError("the mask leaves nothing to keep; mark a part of the image by 1 and the rest by 0")
-    return cells, _touched(region, (pixels, pixels))
+    return cells, touched(region, (pixels, pixels))
 
 
 def _edit(
@@ -99,8 +105,32 @@ def _edit(
     more_smooth: bool,
     paste_back: bool,
 ) -> Generation:
-    keep, pixels = 1 - regions[0], regions[1]
-    vae = var.vae_proxy[0]
+    cells, pixels = regions
+    made = regenerate(var, images, cells, label, seed, cfg=cfg, top_k=top_k, top_p=top_p, more_smooth=more_smooth)
+    if not paste_back:
+        return made
+    inside = pixels.unsqueeze(-3) > 0
+    return replace(made, images=torch.where(inside, made.images, images.to(made.images).add(1).div(2)))
+
+
+def regenerate(
+    var: VAR,
+    images: Tensor,
+    cells: Tensor,
+    label: int | Tensor,
+    seed: int | Sequence[int] | None,
+    *,
+    cfg: float = 1.5,
+    top_k: int = 0,
+    top_p: float = 0.0,
+    more_smooth: bool = False,
+) -> Generation:
+    """Generate as class ``label`` the tokens of the last map marked by 1 in ``cells``, (p_K, p_K) or (B, p_K, p_K).
+
+    Other arguments as for `inpaint`.
+    """
+    check_model(var)
+    keep, vae = 1 - cells, var.vae_proxy[0]
     vae.check_images(images)
     if keep.ndim == 3 and keep.shape[0] != images.shape[0]:
         raise ValueError(f"mask holds {keep.shape[0]} regions for {images.shape[0]} images; pass one, or one an image")
@@ -111,7 +141,7 @@ def _edit(
         )
     with torch.no_grad():
         tokens = vae.img_to_idxBl(images)
-    made = generate(
+    return generate(
         var,
         images.shape[0],
         label,
@@ -122,10 +152,6 @@ def _edit(
         more_smooth=more_smooth,
         keep=Keep(tokens, keep),
     )
-    if not paste_back:
-        return made
-    inside = pixels.unsqueeze(-3) > 0
-    return replace(made, images=torch.where(inside, made.images, images.to(made.images).add(1).div(2)))
 
 
 def inpaint(
@@ -153,7 +179,7 @@ def inpaint(
 
     Raises ValueError where an argument is outside its domain.
     """
-    regions = regions_of(var, box, mask)
+    regions = _regions_of(var, box, mask)
     return _edit(var, images, regions, var.num_classes, seed, cfg, top_k, top_p, more_smooth, paste_back)
 
 
@@ -171,7 +197,7 @@ def outpaint(
     paste_back: bool = False,
 ) -> Generation:
     """Keep the inside of a region and generate the outside anew, without a class; arguments as for `inpaint`."""
-    regions = regions_of(var, box, mask, outside=True)
+    regions = _regions_of(var, box, mask, outside=True)
     return _edit(var, images, regions, var.num_classes, seed, cfg, top_k, top_p, more_smooth, paste_back)
 
 
@@ -190,5 +216,5 @@ def class_edit(
     paste_back: bool = False,
 ) -> Generation:
     """Generate the inside of a region anew as class ``label`` (an int, or (B,)); other arguments as for `inpaint`."""
-    regions = regions_of(var, box, mask)
+    regions = _regions_of(var, box, mask)
     return _edit(var, images, regions, label, seed, cfg, top_k, top_p, more_smooth, paste_back)

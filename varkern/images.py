@@ -1,25 +1,29 @@
 """Images as files and pictures: reading into a model's size, PNGs written atomically, labelled sheets of images."""
 
+import contextlib
 import functools
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
-from varkern.atomic import atomic_write
+from varkern.atomic import atomic_write, unwritable
 
 __all__ = [
-    "check_header",
+    "check_image",
+    "check_writable",
+    "file_stem",
     "from_uint8",
     "image_suffixes",
     "open_image",
     "read_image",
-    "read_mask",
     "sheet",
+    "shown",
     "to_pil",
     "to_uint8",
     "write_png",
@@ -63,38 +67,69 @@ def image_suffixes() -> frozenset[str]:
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in _formats())
 
 
-def _header(path: Path) -> Image.Image:
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """An image whose header has been read; any error names the file in one sentence."""
     if not path.exists():
-        raise FileNotFoundError(f"there is no image file {path}")
-    if not path.is_file():  # opening a named pipe would wait for ever
-        raise ValueError("it is not a regular file")
-    opened = Image.open(path, formats=_formats())
-    if 0 in opened.size:
-        opened.close()
-        raise ValueError(f"it is {opened.width} x {opened.height} pixels")
-    return opened
-
-
-def _unreadable(path: Path, error: Exception) -> ValueError:
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return ValueError(f"{path} cannot be read as an image ({reason}); convert it to PNG or JPEG")
-
-
-def check_header(path: str | os.PathLike[str]) -> None:
-    """Raise FileNotFoundError or ValueError naming the file unless its header is that of an image; reads no pixels."""
-    path = Path(path)
+        raise FileNotFoundError(f"there is no image file {shown(path)}")
     try:
-        _header(path).close()
-    except FileNotFoundError:
-        raise
+        if not path.is_file():  # opening a named pipe would wait for ever
+            raise ValueError("it is not a regular file")
+        # By its name, Pillow would map a TIFF into memory, which garbles those that are to be turned.
+        with open(path, "rb") as file, Image.open(file, formats=_formats()) as image:
+            if 0 in image.size:
+                raise ValueError(f"it is {image.width} x {image.height} pixels")
+            yield image
     except Exception as error:  # whatever a parser stumbles over is the file's fault
-        raise _unreadable(path, error) from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):
+            reason = "of no kind that Pillow knows"
+        raise ValueError(f"{shown(path)} cannot be read as an image ({reason}); convert it to PNG or JPEG") from error
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
+def shown(path: str | os.PathLike[str]) -> str:
+    """A path on one line: as it is, or quoted where it holds line breaks, other controls or undecodable bytes."""
+    text = str(path)
+    return text if text.isprintable() else ascii(text)
+
+
+def check_image(path: str | os.PathLike[str]) -> None:
+    """Raise FileNotFoundError or ValueError naming the file unless `open_image` can read it.
+
+    All of it is decoded, JPEG at an eighth of the size.
+    """
+    with _opened(Path(path)) as image:
+        image.draft("L", (1, 1))
+        _converted(image, "L")
+
+
+_BITS, _PHOTOMETRIC, _WHITE_IS_ZERO, _ORIENTATION = 258, 262, 0, 274  # tags of TIFF and EXIF
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF data say; as it is stored where they cannot be read."""
+    image.load()
+    try:
+        turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # damaged data about the image do not make the image unreadable
+        return image
+    return image if turn is None else image.transpose(turn)
+
+
+def _eight_bits(image: Image.Image, bits: int, inverted: bool) -> Image.Image:
     """Grey of more than 8 bits -> "L", or "LA" where one value is named as transparent.
 
-    Integers: 65535 is white. Floats: 1 is white where no value exceeds 2 (a little overshoot is clipped), else 255.
+    Integers: 2**bits - 1 is white. Floats: 1 is white where no value exceeds 2 (a little overshoot is clipped), else
+    255. inverted: 0 is white and that value black.
     """
     values = np.asarray(image)
     if image.mode == "F":
@@ -103,41 +138,44 @@ def _eight_bits(image: Image.Image) -> Image.Image:
         white = 1.0 if values.max() <= 2 else 255.0
         low, high = -0.05 * white, white if white > 1 else 2.0
     else:
-        white, low, high = 65535.0, 0.0, 65535.0
+        white = float(2**bits - 1)
+        low, high = 0.0, white
     if values.min() < low or values.max() > high:
         raise ValueError(
             f"its values run from {values.min():g} to {values.max():g}; 0 to 1 or 0 to 255 is known for floats, "
-            "0 to 65535 for integers"
+            f"0 to {2**bits - 1} for integers"
         )
-    grey = Image.fromarray((values * (255 / white)).round().clip(0, 255).astype(np.uint8))
+    levels = white - values if inverted else values
+    grey = Image.fromarray((levels * (255 / white)).round().clip(0, 255).astype(np.uint8))
     if isinstance(image.info.get("transparency"), int):
         grey.putalpha(Image.fromarray(np.where(values == image.info["transparency"], 0, 255).astype(np.uint8)))
     return grey
 
 
+def _converted(image: Image.Image, mode: str) -> Image.Image:
+    tags = getattr(image, "tag_v2", {})  # of TIFF; turning leaves none
+    depths, inverted = tags.get(_BITS, ()), tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO
+    bits = 12 if tuple(depths) == (12,) else 16
+    image = _upright(image)
+    if image.mode == "F" or image.mode.startswith("I"):  # Pillow inverts up to 8 bits itself
+        image = _eight_bits(image, bits, inverted)
+    if image.mode in ("La", "RGBa"):  # premultiplied
+        image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert(mode)
+
+
 def open_image(path: str | os.PathLike[str], channels: int) -> Image.Image:
     """The first frame of an image file, upright: "L" (``channels`` 1) or "RGB" (3); transparency is laid on white.
 
-    16-bit grey is scaled so that 65535 is white; float grey so that 1 is, or 255 where a value exceeds 2. Raises
-    FileNotFoundError or ValueError naming the file: not an image, cut short, too large (`PIL.Image.MAX_IMAGE_PIXELS`),
-    not a regular file, not finite.
+    16-bit grey is scaled so that 65535 is white, 12-bit grey so that 4095 is; float grey so that 1 is, or 255 where a
+    value exceeds 2. Raises FileNotFoundError or ValueError naming the file: not an image, cut short, too large
+    (`PIL.Image.MAX_IMAGE_PIXELS`), not a regular file, not finite.
     """
-    path = Path(path)
-    try:
-        with _header(path) as opened:
-            image = ImageOps.exif_transpose(opened)
-            if image.mode == "F" or image.mode.startswith("I"):
-                image = _eight_bits(image)
-            if image.mode in ("La", "RGBa"):  # premultiplied
-                image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("L" if channels == 1 else "RGB")
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # whatever a parser stumbles over is the file's fault
-        raise _unreadable(path, error) from error
+    with _opened(Path(path)) as image:
+        return _converted(image, "L" if channels == 1 else "RGB")
 
 
 def read_image(path: str | os.PathLike[str], size: int, channels: int) -> Tensor:
@@ -152,25 +190,39 @@ def read_image(path: str | os.PathLike[str], size: int, channels: int) -> Tensor
     return from_uint8(np.asarray(image))
 
 
-def read_mask(path: str | os.PathLike[str]) -> Tensor:
-    """A grey picture, white inside the region -> (side, side) float32 in [0, 1], its central square, not resized."""
-    image = open_image(path, channels=1)
-    side = min(image.size)
-    return from_uint8(np.asarray(ImageOps.fit(image, (side, side), Image.Resampling.NEAREST)))[0].add(1).div(2)
+def check_writable(folder: str | os.PathLike[str]) -> None:
+    """Raise OSError naming the folder unless files can be written there, or it can be made."""
+    folder = Path(folder)
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"{shown(folder)} cannot be written: {shown(there)} is a file; choose another folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"{shown(folder)} cannot be written: {shown(there)} is read-only; choose another folder")
+
+
+def file_stem(name: str) -> str:
+    """A name as a part of a file name: letters, digits and ``_ . -``, others dropped, of at most 150 bytes."""
+    kept = re.sub(r"[^\w.-]+", "", name)
+    return kept.encode()[:150].decode(errors="ignore") or "image"
 
 
 def write_png(image: Image.Image, path: str | os.PathLike[str], text: Mapping[str, str] | None = None) -> Path:
     """Write a PNG atomically, making its folder: a reader sees the old file or the whole new one.
 
-    text: kept in the file as text metadata, by keyword.
+    text: kept in the file as text metadata, by keyword. Raises OSError naming the file where it cannot be written.
     """
     info = PngImagePlugin.PngInfo()
     for keyword, value in (text or {}).items():
         info.add_text(keyword, value)
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(path, error) from error
+    # Of photographs the smallest file takes several times as long to find.
+    optimize = image.width * image.height <= 2**20
     # Waiting for the disk would make a long run of pictures a quarter slower.
-    atomic_write(path, lambda file: image.save(file, format="PNG", optimize=True, pnginfo=info), sync=False)
+    atomic_write(path, lambda file: image.save(file, format="PNG", optimize=optimize, pnginfo=info), sync=False)
     return path
 
 

@@ -37,6 +37,7 @@ __all__ = [
 ]
 
 RESIZE_MARGIN = 1.125  # short side before the crop, in units of the target (VAR's recipe)
+LONGEST = 16  # times the short side: more of an image is not resized, a crop needs none of it
 
 
 class Labelled(Dataset):
@@ -78,12 +79,26 @@ class Augmented(Labelled):
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
+    def number_as(self, classes: list[str]) -> None:
+        """Number the classes as in ``classes``, of which they must be a part; the others have no images then."""
+        numbers = {name: number for number, name in enumerate(classes)}
+        self.labels = np.array([numbers[name] for name in self.classes], dtype=np.int64)[self.labels]
+        self.classes = classes
+
     def draws(self, index: int) -> tuple[float, float, bool]:
         """Crop position (0 to 1 down, 0 to 1 across; the centre without augmentation) and whether to mirror."""
         down, across, mirror = np.random.default_rng((self.seed, self.epoch, index)).random(3)
         if not self.augment:
             down = across = 0.5
         return float(down), float(across), bool(self.flip and mirror < 0.5)
+
+
+def strip(image: Image.Image, down: float, across: float) -> Image.Image:
+    """An image at most ``LONGEST`` times as long as wide; of a longer one the part around a crop's position."""
+    longest = LONGEST * min(image.size)
+    left, top = (round(at * max(0, side - longest)) for at, side in zip((across, down), image.size, strict=True))
+    box = (left, top, left + min(image.width, longest), top + min(image.height, longest))
+    return image if box == (0, 0, *image.size) else image.crop(box)
 
 
 def crop(image: torch.Tensor, size: int, down: float, across: float) -> torch.Tensor:
@@ -142,7 +157,7 @@ class ImageFolder(Augmented):
             self.notes.append(f"files of {self.root} that are no images are left out: {text}")
 
     def check(self, on_bad_image: str) -> None:
-        """Look at every file's header; bad ones raise a ValueError that lists them, or with "skip" are left out."""
+        """Read every file; bad ones raise a ValueError that lists them, or with "skip" are left out."""
         bad = bad_images(self.files)
         if not bad:
             return
@@ -167,8 +182,9 @@ class ImageFolder(Augmented):
         return digest_of([self.classes, list(zip(names, self.sizes, self.labels.tolist(), strict=True))])
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        image = resize_short_side(open_image(self.files[index], self.channels), round(RESIZE_MARGIN * self.size))
         down, across, mirror = self.draws(index)
+        image = strip(open_image(self.files[index], self.channels), down, across)
+        image = resize_short_side(image, round(RESIZE_MARGIN * self.size))
         pixels = crop(from_uint8(np.asarray(image)), self.size, down, across)
         return (pixels.flip(2) if mirror else pixels), int(self.labels[index])
 
@@ -244,8 +260,11 @@ def stratified_split(labels: np.ndarray, held_out: float, seed: int) -> tuple[np
     return np.sort(np.concatenate(train)), np.sort(np.concatenate(test))
 
 
-def load_split(config: DataConfig, seed: int = 0) -> tuple[Part, Part]:
-    """Training images (augmented as configured, by ``seed``) and held-out images (never augmented)."""
+def load_split(config: DataConfig, seed: int = 0, classes: list[str] | None = None) -> tuple[Part, Part]:
+    """Training images (augmented as configured, by ``seed``) and held-out images (never augmented).
+
+    classes: of a model; where those of the images are a part of them, they have its numbers, and so its split.
+    """
     config.validate_data()
     plain: ImageFolder | Digits
     if config.data == "digits":
@@ -253,6 +272,8 @@ def load_split(config: DataConfig, seed: int = 0) -> tuple[Part, Part]:
     else:
         plain = ImageFolder(config.data, config.image_size, config.channels, seed=seed)
         plain.check(config.on_bad_image)
+    if classes is not None and set(plain.classes) <= set(classes):
+        plain.number_as(classes)
     train, test = stratified_split(plain.labels, config.held_out, config.split_seed)
     augmented = copy.copy(plain)  # shares the list of files or the scans
     augmented.augment, augmented.flip = config.augment, config.flip

@@ -8,16 +8,18 @@ import stat
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
-from varkern.images import check_header, image_suffixes
+from varkern.images import check_image, image_suffixes
 
 __all__ = ["bad_images", "list_classes", "list_images", "natural_order", "refusal"]
 
 SYSTEM_FOLDERS = frozenset({"__macosx", "@eadir", "$recycle.bin", "lost+found"})
 PARTS = ("train", "training", "val", "valid", "validation", "test")  # of a data set, not classes
 SHOWN = 5  # files named in a sentence
+FEW = 16  # files are checked in no time
 
 
 def natural_order(name: str) -> tuple[list[int | str], str]:
@@ -95,18 +97,19 @@ def list_images(folder: Path) -> tuple[list[tuple[Path, int]], Counter[str]]:
 
 
 def bad_images(files: list[Path]) -> dict[int, str]:
-    """Number and fault of the ``files`` whose header is not that of an image, with a progress bar."""
+    """Number and fault of the ``files`` that cannot be read as images, with a progress bar."""
 
     def fault(path: Path) -> str:
         try:
-            check_header(path)
+            check_image(path)
         except (OSError, ValueError) as error:
             return str(error)
         return ""
 
-    # Opening files waits for the disk, so threads help.
+    # Pillow lets go of the interpreter while it reads and decodes, so threads help.
     with ThreadPoolExecutor(min(8, 2 * (os.cpu_count() or 1))) as pool:
-        faults = tqdm(pool.map(fault, files), total=len(files), desc="checking images", unit="file", leave=False)
+        settings: dict[str, Any] = {"desc": "checking images", "unit": "file", "leave": False}
+        faults = tqdm(pool.map(fault, files), total=len(files), disable=len(files) <= FEW, **settings)
         return {number: text for number, text in enumerate(faults) if text}
 
 

@@ -16,6 +16,7 @@ from varkern.modules.transformer import Transformer
 from varkern.ops.sampling import draw_noise
 
 _LARGEST_BATCH = 2**31 - 1
+_LARGEST_GUIDANCE = 1e4  # more only overflows: the likeliest token is drawn long before
 _SEEDS = range(-(2**63), 2**64)  # what torch.Generator takes
 
 
@@ -58,12 +59,15 @@ def _guidance(var: Transformer, batch: int, cfg: object) -> float | Tensor:
         if not real or tuple(cfg.shape) not in ((), (1,), (batch,), (batch, 1), (batch, 1, 1)):
             raise ValueError(f"cfg must be a number, or one for each of the {batch} images, got {described(cfg)}")
         values = cfg.detach().to(device=var.lvl_1L.device, dtype=torch.float32)
-        if not bool((values.isfinite() & (values >= 0)).all()):
-            raise ValueError(f"cfg must hold finite numbers >= 0 (0: no guidance), got {values.flatten().tolist()}")
+        if not bool(((values >= 0) & (values <= _LARGEST_GUIDANCE)).all()):
+            raise ValueError(
+                f"cfg must hold finite numbers in [0, {_LARGEST_GUIDANCE:g}] (0: no guidance), "
+                f"got {values.flatten().tolist()}"
+            )
         return values.expand(batch).view(batch, 1, 1) if cfg.numel() == 1 and cfg.ndim < 2 else values.view(batch, 1, 1)
     number = _number("cfg", cfg)
-    if not (math.isfinite(number) and number >= 0):
-        raise ValueError(f"cfg must be a finite number >= 0 (0: no guidance), got {cfg}")
+    if not 0 <= number <= _LARGEST_GUIDANCE:
+        raise ValueError(f"cfg must be a finite number in [0, {_LARGEST_GUIDANCE:g}] (0: no guidance), got {cfg}")
     return number
 
 

@@ -16,8 +16,9 @@ from varkern.atomic import atomic_write
 from varkern.data.config import DataConfig, check, option, required, resolve_device
 from varkern.data.datasets import Part, batches, load_split, shortened
 from varkern.eval.digits import DigitMeasures
+from varkern.images import check_writable, shown
 from varkern.models import VAR, load, load_tokenizer
-from varkern.models.find import is_tokenizer
+from varkern.models.find import is_tokenizer, locate
 from varkern.train.encode import encode_all
 from varkern.train.run import CLASSES
 from varkern.train.tokenizer import tokenizer_metrics
@@ -68,6 +69,43 @@ def generate(
     return torch.cat(parts)
 
 
+def class_names(model: Path, num_classes: int | None = None) -> list[str] | None:
+    """The names of a model's classes in their order, where its folder tells them.
+
+    Raises ValueError for anything but a list of names, of ``num_classes`` where that is given.
+    """
+    path = model / CLASSES
+    if not path.is_file():
+        return None
+    try:
+        names = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); repair or remove it") from error
+    if not isinstance(names, list) or num_classes not in (None, len(names)):
+        count = "" if num_classes is None else f"{num_classes} "
+        raise ValueError(
+            f"{path} must be a JSON list of {count}names, in the order of the classes; repair or remove it"
+        )
+    return [str(name) for name in names]
+
+
+def check_classes(classes: list[str], trained: list[str] | None, number: int | None, config: EvaluateConfig) -> None:
+    """Refuse images whose classes the model does not have, or of which nothing tells the numbers."""
+    if trained is not None:
+        others = [name for name in classes if name not in set(trained)]
+        check(
+            not others,
+            f"{config.model} was not trained on the classes {shortened(others)} of {config.data}, but on "
+            f"{shortened(trained)}; give a folder whose classes are among them",
+        )
+    else:
+        check(
+            number in (None, len(classes)),
+            f"{config.data} has {len(classes)} classes, not {number} as the model; to measure on some of them, "
+            f"list the names of all in their order in {CLASSES} in the model's folder",
+        )
+
+
 def stacked(part: Part) -> torch.Tensor:
     return torch.cat([images for images, _ in batches(part, range(len(part)), 256)])
 
@@ -76,9 +114,13 @@ def stacked(part: Part) -> torch.Tensor:
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Reconstruction PSNR (dB), codebook usage (%), token loss and accuracy and, on request, quality of digits.
 
+    The images may be of some of the model's classes, which ``classes.json`` beside it names.
     Token metrics keep every class label (no conditional dropout). Writes ``config.out`` when given.
     """
     config.validate()
+    if config.out is not None:
+        check(not Path(config.out).is_dir(), f"out is {shown(config.out)}, a folder; name a file")
+        check_writable(Path(config.out).parent)
     device = resolve_device(config.device)
     var = None if config.vae is None and is_tokenizer(config.model) else load(config.model, config.vae, device)
     vae = load_tokenizer(config.model).vae.to(device) if var is None else var.vae_proxy[0]
@@ -95,27 +137,18 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         config.channels == vae.in_channels,
         f"channels is {config.channels} but the model has {vae.in_channels}; set it to that",
     )
-    train, held_out = load_split(replace(config, augment=False, flip=False))
+    trained = class_names(locate(config.model), None if var is None else var.num_classes)
+    train, held_out = load_split(replace(config, augment=False, flip=False), classes=trained)
     part = held_out if config.part == "held_out" else train
     check(len(part) > 0, f"the {config.part} part of {config.data} is empty; change held_out")
-    classes = len(part.classes) if var is None else var.num_classes
-    check(
-        len(part.classes) == classes,
-        f"{config.data} has {len(part.classes)} classes and the model {classes}; give a folder with the same classes",
-    )
-
-    named = Path(config.model) / CLASSES
-    if named.is_file():
-        trained = json.loads(named.read_text(encoding="utf-8"))
-        check(
-            trained == part.classes,
-            f"the classes of {config.data} are {shortened(part.classes)}, those of {named} {shortened(trained)}; "
-            "give a folder with the same classes",
-        )
+    check_classes(part.classes, trained, None if var is None else var.num_classes, config)
+    present = len(np.unique(part.labels))
+    if present < len(part.classes):
+        print(f"images of {present} of the {len(part.classes)} classes are measured", file=sys.stderr)
     for note in part.whole.notes:
         print(note, file=sys.stderr)
 
-    result: dict[str, Any] = {"part": config.part, "images": len(part)}
+    result: dict[str, Any] = {"part": config.part, "images": len(part), "classes": present}
     result["tokenizer"] = tokenizer_metrics(vae, part, config.batch_size, device)
     if var is not None:
         tokens = encode_all(vae, part, config.batch_size, device, workers=config.workers)

@@ -56,11 +56,14 @@ def _close_locks() -> None:
 os.register_at_fork(after_in_child=_close_locks)
 
 
-def lock(folder: Path) -> BinaryIO:
-    """Open and lock ``folder``'s lock file, which then holds this process's id; closing it lets go."""
-    file = open(folder / LOCK, "a+b")  # noqa: SIM115 (held as long as the run)
+def lock(folder: Path, name: str = LOCK, wait: bool = False) -> BinaryIO:
+    """Open and lock a file of ``folder``, which then holds this process's id; closing it lets go.
+
+    Raises FileExistsError where another process has it, unless it is to be waited for.
+    """
+    file = open(folder / name, "a+b")  # noqa: SIM115 (held as long as the run)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         file.seek(0)
         pid = file.read().decode(errors="replace").strip()
@@ -136,7 +139,7 @@ class Run:
     def write_classes(self, classes: list[str]) -> None:
         """Write the names of the classes in their order, which ``varkern sample`` reads."""
         text = json.dumps(classes, indent=0, ensure_ascii=False) + "\n"
-        atomic_write(self.folder / CLASSES, lambda file: file.write(text.encode()))
+        atomic_write(self.folder / CLASSES, lambda file: file.write(text.encode(errors="backslashreplace")))
 
     def load(self) -> dict[str, Any] | None:
         """The checkpoint to continue from, or None for a fresh start; the log is cut back to its step."""
