@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from varkern.ops import block_causal_attention, block_causal_attention_qkv, block_causal_attention_qkv_reference
-from varkern.ops.attention_peers import peer_attention, why_not_peer
+from varkern.ops.attention.peers import peer_attention, why_not_peer
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 HEADS = 2 if settings.smoke else 16

@@ -17,7 +17,7 @@ from measure import settings
 from torch import Tensor
 
 from varkern.ops import cached_attention
-from varkern.ops.attention_reference import normalize_qk_reference
+from varkern.ops.attention.reference import normalize_qk_reference
 
 B, H, D = (2, 2, 64) if settings.smoke else (2, 16, 64)
 LENGTHS = [p * p for p in shapes.PATCH_NUMS_256]

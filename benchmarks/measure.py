@@ -172,7 +172,7 @@ def device_name(device: torch.device) -> str:
 
 
 def simd_level() -> str:
-    from varkern.ops._library import load
+    from varkern.ops.backends import load
 
     extension, _ = load("varkern._C")
     return "no extension" if extension is None else str(extension.simd_level())

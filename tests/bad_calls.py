@@ -18,7 +18,7 @@ import varkern
 from varkern import edit, ops
 from varkern.engine import Keep
 from varkern.ops.conv import Norm
-from varkern.ops.quantize_reference import Phi
+from varkern.ops.quantize.reference import Phi
 
 PATCH_NUMS = (1, 2, 4)
 OPTIONS = {"cfg": 1.5, "top_k": 5, "top_p": 0.9, "more_smooth": False}

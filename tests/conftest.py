@@ -19,7 +19,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from varkern.ops import _library
+from varkern.ops import backends
 from varkern.ops._precision import full_float32
 
 _BACKENDS = ("cpu-reference", "cpu-cpu", "cpu-triton", "cuda-reference", "cuda-cuda", "cuda-triton")
@@ -39,10 +39,10 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     name, backend = request.param.split("-")
     probe = torch.empty(0, device=name)
     # What the build made optional may be missing; the CPU extension may not.
-    missing = {"triton": _library.triton_why_not, "cuda": _library.cuda_why_not}.get(backend, lambda _: None)(probe)
+    missing = {"triton": backends.triton_why_not, "cuda": backends.cuda_why_not}.get(backend, lambda _: None)(probe)
     if missing:
         pytest.skip(missing)
-    with _library.use_backend(backend):
+    with backends.use_backend(backend):
         yield probe.device
 
 
@@ -74,7 +74,7 @@ def dot_in_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
     On a GPU each element of a float32 ``tl.dot`` is a chain of multiply-adds in the order of the summed axis, whatever
     the tile, so that a kernel may compute again what another one has. NumPy's order changes with the shape.
     """
-    if not _library.interpreting():
+    if not backends.interpreting():
         return
     from triton.runtime import interpreter
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from varkern import ops
 from varkern.ops.conv import Norm
-from varkern.ops.quantize_reference import Phi
+from varkern.ops.quantize.reference import Phi
 
 SIZES = [(1, 1), (2, 2), (4, 4)]
 LENGTHS = (1, 4)

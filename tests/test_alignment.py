@@ -17,7 +17,8 @@ from torch import Tensor
 
 import varkern
 from varkern import ops
-from varkern.ops import _library, decode
+from varkern.ops import _op, backends
+from varkern.ops.attention import cached
 
 CUDA = Path(__file__).parent.parent / "csrc" / "cuda"
 
@@ -36,7 +37,7 @@ def shifted(tensor: Tensor, elements: int = 1) -> Tensor:
 def test_odd_addresses_give_the_same(device: torch.device, name: str, dtype: torch.dtype) -> None:
     """Each input in turn, and all of them."""
     case = CASES[name]
-    single = "quantize|teacher|next_scale" + "|conv" * (_library.current_backend() == "cpu")
+    single = "quantize|teacher|next_scale" + "|conv" * (backends.current_backend() == "cpu")
     if dtype != torch.float32 and re.search(single, name):
         pytest.skip("float32 alone")
     inputs = [t.to(device, dtype if t.is_floating_point() else None) for t in case.fresh()]
@@ -46,7 +47,7 @@ def test_odd_addresses_give_the_same(device: torch.device, name: str, dtype: tor
     with torch.no_grad():
         want = tensors_of(case.function(*(t.clone() for t in inputs)))
         for which in (*({i} for i in range(len(inputs))), set(range(len(inputs)))):
-            if name == "cached_attention" and 1 in which and _library.current_backend() == "cuda":
+            if name == "cached_attention" and 1 in which and backends.current_backend() == "cuda":
                 continue  # refused, below
             odd = [shifted(t) if i in which else t.clone() for i, t in enumerate(inputs)]
             for a, b in zip(tensors_of(case.function(*odd)), want, strict=True):
@@ -60,8 +61,8 @@ class TestDecode:
     def launches(self, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         seen: list[tuple[Any, ...]] = []
         kernels = SimpleNamespace(cached_attention=lambda *arguments: seen.append(arguments))
-        monkeypatch.setattr(decode, "cuda_why_not", lambda tensor: None)
-        monkeypatch.setattr(decode, "extension", lambda backend: kernels)
+        monkeypatch.setitem(_op._ABSENT, "cuda", lambda tensor: None)
+        monkeypatch.setattr(cached, "extension", lambda backend: kernels)
         return seen
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -83,8 +84,8 @@ class TestDecode:
         with varkern.use_backend("cuda"), pytest.raises(RuntimeError, match="cache begins at an address that is no"):
             ops.cached_attention(qkv, odd, 2, *rest, 0.3)
         assert torch.equal(odd, before)
-        assert decode._OP.choose(None, "cuda", qkv, odd) == "reference"
-        assert decode._OP.choose(None, "cuda", qkv, cache) == "cuda"
+        assert "cache begins" in (cached._OP.why_not("cuda", qkv, odd) or "")
+        assert cached._OP.why_not("cuda", qkv, cache) is None
         assert not launches
 
     def test_an_aligned_call_copies_nothing(self, launches) -> None:

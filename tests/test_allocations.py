@@ -20,8 +20,12 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 import varkern
 from varkern import ops
 from varkern._kept import kept
-from varkern.ops import attention_launch, attention_peers, attention_reference, quantize_operators
-from varkern.ops._library import Op, load
+from varkern.ops._op import Op
+from varkern.ops.attention import launch as attention_launch
+from varkern.ops.attention import peers as attention_peers
+from varkern.ops.attention import reference as attention_reference
+from varkern.ops.backends import load
+from varkern.ops.quantize import operators as quantize_operators
 
 ROOT = Path(__file__).parent.parent
 # What torch.set_default_dtype and torch.set_default_device change the result of.
@@ -182,7 +186,8 @@ def tables() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
         "schedule": (quantize_operators._scales, ((1, 1, 11, 13), (0, 0))),
     }
     if load("triton")[0] is not None:
-        from varkern.kernels import attention_tiles, quantize_maps
+        from varkern.kernels.attention import tiles as attention_tiles
+        from varkern.kernels.quantize import maps as quantize_maps
 
         found |= {
             "tiles": (attention_tiles.to_device, (((0, 3), (3, 16)), cpu)),

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from varkern.ops import (
-    _library,
+    backends,
     block_causal_attention,
     block_causal_attention_qkv,
     block_causal_attention_qkv_reference,
     block_causal_attention_reference,
     use_backend,
 )
-from varkern.ops.attention_reference import block_causal_mask
+from varkern.ops.attention.reference import block_causal_mask
 
 pytestmark = pytest.mark.usefixtures("dot_in_one_order")
 
@@ -131,7 +131,7 @@ def check(case: Case, device: torch.device | str = "cpu") -> None:
 
 
 def skip_what_the_interpreter_cannot(case: Case) -> None:
-    if case.dtype == torch.bfloat16 and _library.current_backend() == "triton" and _library.interpreting():
+    if case.dtype == torch.bfloat16 and backends.current_backend() == "triton" and backends.interpreting():
         pytest.skip("Triton's interpreter is wrong in bfloat16")
 
 
@@ -264,12 +264,12 @@ def test_rows_of_zeros_have_the_floor_for_a_norm(device: torch.device) -> None:
         got, want = (torch.autograd.grad(out.square().sum(), leaf)[0] for out in outs)
         torch.testing.assert_close(outs[0], outs[1], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
-        if _library.current_backend() == "triton":
+        if backends.current_backend() == "triton":
             break  # which has no float64
 
 
 def test_what_is_not_a_number_stays_where_it_is_seen(device: torch.device) -> None:
-    if _library.reference_forced():
+    if backends.reference_forced():
         pytest.skip("a dense mask adds -inf to NaN, so that it spreads")
     q, k, v = torch.randn(3, 1, 1, 14, 32, device=device).unbind(0)
     k[0, 0, 5] = torch.nan  # in the third scale
@@ -324,10 +324,10 @@ def test_float64_gradcheck() -> None:
 
 
 def test_opcheck(device: torch.device) -> None:
-    backend, ops = _library.current_backend(), torch.ops.varkern
+    backend, ops = backends.current_backend(), torch.ops.varkern
     qkv, *prologue = Case((1, 4), H=1).make(device)
     settings = [1, 4], 1.0, backend
-    quick = backend == "triton" and _library.interpreting()
+    quick = backend == "triton" and backends.interpreting()
     for inputs in ((qkv, *prologue), (qkv, None, None, None))[: 1 if quick else 2]:
         torch.library.opcheck(ops.block_causal_attention_qkv.default, (*inputs, *settings))
         leaves = [None if tensor is None else tensor.detach().requires_grad_() for tensor in inputs]
@@ -349,7 +349,7 @@ def test_opcheck(device: torch.device) -> None:
     "compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)], ids=["aot", "inductor"]
 )
 def test_compile_fullgraph(device: torch.device, compiler: str) -> None:
-    if compiler == "inductor" and _library.current_backend() != "cpu":
+    if compiler == "inductor" and backends.current_backend() != "cpu":
         pytest.skip("what the compiler makes of it does not depend on the backend")
 
     def step(qkv: Tensor, q_bias: Tensor, v_bias: Tensor, log_scale: Tensor) -> Tensor:
@@ -368,7 +368,7 @@ def test_compile_fullgraph(device: torch.device, compiler: str) -> None:
 
 
 def test_second_derivative_raises(device: torch.device) -> None:
-    if _library.reference_forced():
+    if backends.reference_forced():
         pytest.skip("the reference has it")
     q, k, v = (tensor.requires_grad_() for tensor in torch.randn(3, 1, 1, 5, 32, device=device).unbind(0))
     (grad,) = torch.autograd.grad(block_causal_attention(q, k, v, (1, 2)).sum(), q, create_graph=True)
@@ -377,7 +377,7 @@ def test_second_derivative_raises(device: torch.device) -> None:
 
 
 def test_direct_call_of_the_operator_is_differentiable(device: torch.device) -> None:
-    case, backend = Case((1, 4, 9)), _library.current_backend()
+    case, backend = Case((1, 4, 9)), backends.current_backend()
     inputs, grad = case.make(device), torch.randn(case.B, case.L, case.H, case.D, device=device)
     op = torch.ops.varkern.block_causal_attention_qkv
     got = value_and_gradients(lambda *args: op(*args, case.lengths, 1.0, backend)[0], inputs, grad)
@@ -497,7 +497,7 @@ def test_bad_projection(change, message: str, backend: str | None) -> None:
 
 def test_widths_that_triton_does_not_take() -> None:
     pytest.importorskip("triton")
-    q = torch.randn(1, 1, 5, 24, device="cpu" if _library.interpreting() else "cuda")
+    q = torch.randn(1, 1, 5, 24, device="cpu" if backends.interpreting() else "cuda")
     with use_backend("triton"), pytest.raises(RuntimeError, match="heads are 24 wide and its kernels take 32, 64, 128"):
         block_causal_attention(q, q, q, (1, 2))
     with warnings.catch_warnings():

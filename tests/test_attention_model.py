@@ -12,8 +12,8 @@ from test_models import tiny
 
 import varkern
 from varkern.ops.attention import BlockCausal, block_causal_attention
-from varkern.ops.attention_peers import ATTENTIONS, peer_attention
-from varkern.ops.attention_reference import block_causal_attention_reference, block_causal_mask
+from varkern.ops.attention.peers import ATTENTIONS, peer_attention
+from varkern.ops.attention.reference import block_causal_attention_reference, block_causal_mask
 
 LENGTHS = (1, 4, 9)
 
@@ -55,7 +55,7 @@ def test_forward_and_every_gradient_equal_the_masked_ones(l2_norm: bool, shared_
 def test_training_runs_the_fused_op_and_makes_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     var, calls = model(), []
     import varkern.modules.blocks as blocks
-    from varkern.ops import attention_reference
+    from varkern.ops.attention import reference as attention_reference
 
     def masks(*args: object) -> None:
         raise AssertionError("a dense mask was made")
@@ -145,7 +145,7 @@ class TestPeers:
             peer_attention("flash", *self.heads(), LENGTHS, 0.3)
 
     def test_flash_is_one_prefix_call_a_scale(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from varkern.ops import attention_peers
+        from varkern.ops.attention import peers as attention_peers
 
         module, shapes = types.ModuleType("flash_attn"), []
 

@@ -18,8 +18,8 @@ from golden import load_golden
 import varkern
 from varkern import ops
 from varkern.engine import cached
-from varkern.ops._library import Op, library
-from varkern.ops.quantize_reference import Phi
+from varkern.ops._op import Op, library
+from varkern.ops.quantize.reference import Phi
 
 CALLS, SHARDS = 10_000, 4
 

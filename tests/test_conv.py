@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 import varkern
 from varkern import _C
-from varkern.ops import _library, conv3x3, conv3x3_reference, use_backend
+from varkern.ops import backends, conv3x3, conv3x3_reference, use_backend
 from varkern.ops import conv as module
 from varkern.ops.conv import Norm
 
@@ -190,7 +190,7 @@ def test_value(device: torch.device, case: Case) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_16_bits_run_pytorchs_convolution(device: torch.device, dtype: torch.dtype) -> None:
-    if _library.current_backend() == "cpu":
+    if backends.current_backend() == "cpu":
         with pytest.raises(RuntimeError, match=f"'cpu' cannot run conv3x3: {dtype} is not float32"):
             conv3x3(*arguments(CASES["plain"], device, dtype))
         return
@@ -257,12 +257,12 @@ def test_memory_formats_give_the_same_bits(device: torch.device) -> None:
     other = conv3x3(x, strided, bias.expand(2, -1)[1], norm, residual.contiguous(), upsample)
     torch.testing.assert_close(other, want, rtol=1e-6, atol=1e-6)
     for same in (weight.contiguous(memory_format=torch.channels_last), strided):
-        if _library.current_backend() == "cpu":
+        if backends.current_backend() == "cpu":
             assert torch.equal(conv3x3(x, same, bias, norm, residual, upsample), want)
     for same in (x.contiguous(), x.contiguous().permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)):
         torch.testing.assert_close(conv3x3(same, weight, bias, norm, residual), want, rtol=1e-5, atol=1e-5)
     assert torch.ops.varkern.conv3x3(
-        x.contiguous(), weight, bias, None, None, 1, 0.0, None, False, _library.current_backend()
+        x.contiguous(), weight, bias, None, None, 1, 0.0, None, False, backends.current_backend()
     ).is_contiguous(memory_format=torch.channels_last)
 
 
@@ -345,7 +345,7 @@ def test_opcheck(device: torch.device) -> None:
     for case in (CASES["beyond_a_tile"], CASES["norm_and_upsample"], CASES["without_bias"]):
         x, weight, bias, norm, residual, upsample = arguments(case, device)
         parts = norm if norm is not None else (None, None, 1, 0.0)
-        args = (x, weight, bias, *parts, residual, upsample, _library.current_backend())
+        args = (x, weight, bias, *parts, residual, upsample, backends.current_backend())
         torch.library.opcheck(torch.ops.varkern.conv3x3.default, args)
 
 

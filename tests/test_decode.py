@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from varkern.ops import (
-    _library,
+    backends,
     block_causal_attention_qkv,
     block_causal_attention_qkv_reference,
     cached_attention,
     cached_attention_reference,
     use_backend,
 )
-from varkern.ops.decode import _splits
+from varkern.ops.attention.cached import _splits
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 LENGTHS_256 = tuple(p * p for p in (1, 2, 3, 4, 5, 6, 8, 10, 13, 16))
@@ -159,7 +159,7 @@ def test_generation_is_block_causal_attention(
     eager = block_causal_attention_qkv_reference(qkv, *prologue, lengths, 1.0)
     exact = block_causal_attention_qkv_reference(qkv.double(), *doubles(prologue), lengths, 1.0)
     assert_as_accurate_as_eager("generation", got, eager, exact)
-    if _library.current_backend() == "cpu" and dtype == torch.float32:
+    if backends.current_backend() == "cpu" and dtype == torch.float32:
         many = torch.tensor(lengths).gt(4).repeat_interleave(torch.tensor(lengths))
         assert torch.equal(got[:, many], block_causal_attention_qkv(qkv, *prologue, lengths, 1.0)[:, many])
 
@@ -303,7 +303,7 @@ def test_splits_fill_the_device_and_no_more() -> None:
 
 
 def test_opcheck(device: torch.device) -> None:
-    op, backend = torch.ops.varkern.cached_attention.default, _library.current_backend()
+    op, backend = torch.ops.varkern.cached_attention.default, backends.current_backend()
     qkv, cache, prologue = Case(4, 1, H=1).inputs(device)
     cache = cache.nan_to_num()  # the checks compare what is not written
     torch.library.opcheck(op, (qkv, cache, 1, *prologue, 1.0, backend))
@@ -314,7 +314,7 @@ def test_opcheck(device: torch.device) -> None:
     "compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)], ids=["aot", "inductor"]
 )
 def test_compile_fullgraph(device: torch.device, compiler: str) -> None:
-    if compiler == "inductor" and _library.current_backend() != "cpu":
+    if compiler == "inductor" and backends.current_backend() != "cpu":
         pytest.skip("what the compiler makes of it does not depend on the backend")
 
     def step(qkv: Tensor, cache: Tensor, position: int, prologue: list[Tensor | None]) -> Tensor:
@@ -336,7 +336,7 @@ def test_gradients_are_refused(device: torch.device) -> None:
     with pytest.raises(RuntimeError, match=r"cached_attention has no gradient: call it under torch\.no_grad\(\)"):
         cached_attention(qkv.requires_grad_(), cache, 1, *prologue, 1.0)
     with pytest.raises(RuntimeError, match="cached_attention has no gradient"):
-        torch.ops.varkern.cached_attention(qkv, cache, 1, *prologue, 1.0, _library.current_backend())
+        torch.ops.varkern.cached_attention(qkv, cache, 1, *prologue, 1.0, backends.current_backend())
     leaf = prologue[2].requires_grad_()
     with pytest.raises(RuntimeError, match="cached_attention has no gradient"):
         cached_attention(qkv.detach(), cache, 1, *prologue[:2], leaf, 1.0)

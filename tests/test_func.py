@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 import varkern
-from varkern.ops._library import Op
+from varkern.ops._op import Op
 
 DIFFERENTIABLE = [name for name, case in CASES.items() if case.differentiable]
 INFERENCE = [name for name, case in CASES.items() if not case.differentiable]

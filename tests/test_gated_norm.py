@@ -18,7 +18,7 @@ from torch import Tensor
 import varkern
 from varkern.engine import cached
 from varkern.ops import (
-    _library,
+    backends,
     gated_residual_layer_norm_,
     gated_residual_layer_norm_reference_,
     modulated_layer_norm,
@@ -69,7 +69,7 @@ def assert_as_accurate_as_eager(name: str, got: Tensor, eager: Tensor, exact: Te
 
 def layer_norm_beside(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Tensor:
     """By the backend that the op itself takes, which has no Triton kernel."""
-    backend = _library.current_backend()
+    backend = backends.current_backend()
     with use_backend(None if backend == "triton" else backend):
         return modulated_layer_norm(x, scale, shift, eps)
 
@@ -85,7 +85,7 @@ def check(inputs: tuple[Tensor, ...], eps: float = 1e-6) -> None:
     exact_x = x.double() + gate.double().view(row) * h.double()
     assert_as_accurate_as_eager("x", got_x, eager_x, exact_x)
     # y is judged against the x that it was made of.
-    if _library.current_backend() == "cpu":  # CUDA may take kernels that add in another order
+    if backends.current_backend() == "cpu":  # CUDA may take kernels that add in another order
         assert torch.equal(got, layer_norm_beside(got_x, scale, shift, eps))
     if x.numel():
         factor, wide = 1 + scale.double().view(row), got_x.double()
@@ -169,7 +169,7 @@ def test_the_number_of_threads_does_not_change_a_bit() -> None:
 
 
 def test_opcheck(device: torch.device) -> None:
-    op, backend = torch.ops.varkern.gated_residual_layer_norm_.default, _library.current_backend()
+    op, backend = torch.ops.varkern.gated_residual_layer_norm_.default, backends.current_backend()
     torch.library.opcheck(
         op, (*arguments((2, 5, 33), device, torch.float32, torch.float16, torch.float16), 1e-6, backend)
     )
@@ -179,7 +179,7 @@ def test_opcheck(device: torch.device) -> None:
     "compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)], ids=["aot", "inductor"]
 )
 def test_compile_fullgraph(device: torch.device, compiler: str) -> None:
-    if compiler == "inductor" and _library.current_backend() != "cpu":
+    if compiler == "inductor" and backends.current_backend() != "cpu":
         pytest.skip("what the compiler makes of it does not depend on the backend")
 
     def step(x: Tensor, h: Tensor, *condition: Tensor) -> Tensor:
@@ -203,7 +203,7 @@ def test_gradients_are_refused(device: torch.device) -> None:
         with pytest.raises(RuntimeError, match=message):
             gated_residual_layer_norm_(*leaves)
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.varkern.gated_residual_layer_norm_(*leaves, 1e-6, _library.current_backend())
+        torch.ops.varkern.gated_residual_layer_norm_(*leaves, 1e-6, backends.current_backend())
     assert torch.equal(inputs[0], before)
     with torch.no_grad():
         want = gated_residual_layer_norm_(before.clone(), *leaves[1:])

@@ -16,7 +16,7 @@ from torch import Tensor
 from varkern.models import VQVAE
 from varkern.modules import autoencoder
 from varkern.ops import (
-    _library,
+    backends,
     group_norm_affine,
     group_norm_affine_reference,
     group_norm_silu,
@@ -125,7 +125,7 @@ def test_value(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype,
 def test_means_of_many_deviations(device: torch.device, layout: torch.memory_format, offset: float) -> None:
     inputs = arguments((2, 64, 17, 16, 8), device, layout=layout, offset=offset)
     check(inputs)
-    if _library.reference_forced():
+    if backends.reference_forced():
         return
     # group_norm_silu loses nothing to the mean. In units of 2^-24 of the largest value: the rounded multiplier,
     # product and offset 3, exp and the division 6, sums of squares over 34 runs the root of what they may lose.
@@ -144,7 +144,7 @@ def test_statistics_of_uneven_images(device: torch.device, layout: torch.memory_
     x[2, :, 0] = 1e4
     x[3, :4] = 1e3  # without variance: the bias
     check((x, *others))
-    if not _library.reference_forced():  # whose rounded mean is 1000 times as far off, after the multiplication
+    if not backends.reference_forced():  # whose rounded mean is 1000 times as far off, after the multiplication
         flat = group_norm_silu(x, *others, silu=False)[3, :4]
         torch.testing.assert_close(flat, others[1][:4, None, None].expand_as(flat), rtol=0, atol=1e-6)
 
@@ -212,7 +212,7 @@ def test_no_batch(device: torch.device) -> None:
 def test_an_image_does_not_depend_on_its_batch(device: torch.device) -> None:
     x, *others = arguments((3, 32, 9, 9, 8), device, layout=torch.channels_last)
     whole = group_norm_silu(x, *others)
-    if not _library.reference_forced():
+    if not backends.reference_forced():
         assert torch.equal(group_norm_silu(x[1:2], *others), whole[1:2])
 
 
@@ -233,7 +233,7 @@ def test_the_number_of_threads_does_not_change_a_bit(layout: torch.memory_format
 
 @formats
 def test_opcheck(device: torch.device, layout: torch.memory_format) -> None:
-    ops, backend = torch.ops.varkern, _library.current_backend()
+    ops, backend = torch.ops.varkern, backends.current_backend()
     inputs = arguments((2, 12, 3, 5, 3), device, torch.float16, layout)
     torch.library.opcheck(ops.group_norm_silu.default, (*inputs, True, backend))
     torch.library.opcheck(ops.group_norm_affine.default, (*inputs, backend))
@@ -246,7 +246,7 @@ def test_opcheck(device: torch.device, layout: torch.memory_format) -> None:
 )
 @formats
 def test_compile_fullgraph(device: torch.device, layout: torch.memory_format, compiler: str) -> None:
-    if compiler == "inductor" and _library.current_backend() != "cpu":
+    if compiler == "inductor" and backends.current_backend() != "cpu":
         pytest.skip("what the compiler makes of it does not depend on the backend")
 
     def step(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
@@ -290,7 +290,7 @@ def test_gradients_are_refused(device: torch.device, op) -> None:
     direct = getattr(torch.ops.varkern, op.__name__)
     extra = (True,) if op is group_norm_silu else ()
     with pytest.raises(RuntimeError, match=message):
-        direct(*leaves, *extra, _library.current_backend())
+        direct(*leaves, *extra, backends.current_backend())
     want = op(*inputs)
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():

@@ -5,55 +5,69 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 import varkern
-from varkern.ops import current_backend, explain, reference_forced, use_backend
-from varkern.ops._library import Op, _runs_on
+from varkern.ops import _op, current_backend, explain, reference_forced, use_backend
+from varkern.ops._op import Op
+from varkern.ops.backends import _runs_on
+
+
+def example(device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    return (torch.zeros(4, device=device, dtype=dtype),)
+
+
+@pytest.fixture(scope="module")
+def registered() -> Iterator[Op]:
+    """An op of its own: cpu serves at most four elements, and there is no cuda backend."""
+    op = Op("example_of_the_tests(Tensor x) -> Tensor", ("triton", "cpu"), example)
+    op.limits(lambda backend, x: f"it has {x.numel()} elements" if backend == "cpu" and x.numel() > 4 else None)
+    yield op
+    del Op.registry[op.name]
 
 
 @pytest.fixture
-def op(monkeypatch: pytest.MonkeyPatch) -> Op:
-    """An op of its own: cpu serves at most four elements, triton never, and there is no cuda backend."""
-    monkeypatch.setattr(Op, "registry", {})
-    why_not = {
-        "triton": lambda x: "it is never there",
-        "cpu": lambda x: f"it has {x.numel()} elements" if x.numel() > 4 else None,
-    }
-    return Op("example", why_not, lambda device, dtype: (torch.zeros(4, device=device, dtype=dtype),))
+def op(registered: Op, monkeypatch: pytest.MonkeyPatch) -> Op:
+    """Triton is never there for it, and the extension always."""
+    monkeypatch.setitem(_op._ABSENT, "triton", lambda x: "it is never there")
+    monkeypatch.setitem(_op._ABSENT, "cpu", lambda x: None)
+    return registered
 
 
 def test_automatic_choice_takes_what_serves_and_ends_at_the_reference(op: Op) -> None:
-    assert op.choose(None, "cpu", torch.zeros(4)) == "cpu"
-    assert op.choose(None, "cpu", torch.zeros(5)) == "reference"
-    assert op.choose(None, "mps", torch.zeros(4)) == "reference"
+    assert op.choose(None, torch.zeros(4)) == "cpu"
+    assert op.choose(None, torch.zeros(5)) == "reference"
+    assert op.choose(None, torch.zeros(4, device="meta")) == "reference"
 
 
 def test_override_serves_or_raises(op: Op) -> None:
-    assert op.choose("reference", "cpu", torch.zeros(4)) == "reference"
-    assert op.choose("cpu", "cpu", torch.zeros(4)) == "cpu"
-    with pytest.raises(RuntimeError, match=r"^The backend 'triton' cannot run example: it is never there\. Leave"):
-        op.choose("triton", "cpu", torch.zeros(4))
+    assert op.choose("reference", torch.zeros(4)) == "reference"
+    assert op.choose("cpu", torch.zeros(4)) == "cpu"
+    with pytest.raises(
+        RuntimeError, match=r"^The backend 'triton' cannot run example_of_the_tests: it is never there\. "
+    ):
+        op.choose("triton", torch.zeros(4))
 
 
 def test_an_op_without_the_named_backend_chooses_by_itself(op: Op) -> None:
-    assert op.choose("cuda", "cpu", torch.zeros(4)) == "cpu"
+    assert op.choose("cuda", torch.zeros(4)) == "cpu"
 
 
 def test_explain(op: Op) -> None:
     expected = {"triton": "it is never there", "cpu": "it has 5 elements", "reference": None}
-    assert explain("example", torch.zeros(5)) == expected
-    with pytest.raises(ValueError, match="There is no op 'exampel': name one of example"):
+    assert explain(op.name, torch.zeros(5)) == expected
+    with pytest.raises(ValueError, match=r"There is no op 'exampel': name one of .*, example_of_the_tests, "):
         explain("exampel", torch.zeros(5))
 
 
-def test_interpreted_triton_is_never_an_automatic_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Op, "registry", {})
-    op = Op("example", {"triton": lambda x: None}, lambda device, dtype: ())
-    assert op.choose(None, "cpu", torch.zeros(4)) == "reference"
-    assert op.choose("triton", "cpu", torch.zeros(4)) == "triton"
+def test_interpreted_triton_is_never_an_automatic_choice(op: Op, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(_op._ABSENT, "triton", lambda x: None)
+    monkeypatch.setitem(_op._ABSENT, "cpu", lambda x: "it is not built")
+    assert op.choose(None, torch.zeros(4)) == "reference"
+    assert op.choose("triton", torch.zeros(4)) == "triton"
 
 
 def test_use_backend_nests_and_restores() -> None:

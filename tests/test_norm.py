@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from varkern.ops import _library, modulated_layer_norm, modulated_layer_norm_reference, use_backend
+from varkern.ops import backends, modulated_layer_norm, modulated_layer_norm_reference, use_backend
 
 SHAPES = {
     "one_channel": (2, 3, 1),
@@ -175,7 +175,7 @@ def test_the_number_of_threads_does_not_change_a_bit() -> None:
 
 def test_opcheck(device: torch.device) -> None:
     x, scale, shift = arguments((2, 5, 33), device, torch.float16, torch.float32)
-    backend = _library.current_backend()
+    backend = backends.current_backend()
     leaves = [tensor.detach().requires_grad_() for tensor in (x, scale, shift)]
     ops = torch.ops.varkern
     torch.library.opcheck(ops.modulated_layer_norm.default, (x, scale, shift, 1e-6, backend))
@@ -224,7 +224,7 @@ def test_float64_is_the_reference_and_twice_differentiable() -> None:
 
 
 def test_second_derivative_raises_and_forward_mode_is_the_reference(device: torch.device) -> None:
-    if _library.reference_forced():
+    if backends.reference_forced():
         pytest.skip("the reference has both")
     x, scale, shift = arguments((2, 3, 5), device)
     x = x.detach().requires_grad_()
@@ -241,7 +241,7 @@ def test_second_derivative_raises_and_forward_mode_is_the_reference(device: torc
 
 def test_direct_call_of_the_operator_is_differentiable(device: torch.device) -> None:
     inputs, grad_out = arguments((2, 3, 5), device), torch.randn(2, 3, 5, device=device)
-    backend = _library.current_backend()
+    backend = backends.current_backend()
     got = value_and_gradients(
         lambda *args: torch.ops.varkern.modulated_layer_norm(*args, 1e-6, backend), inputs, grad_out
     )
@@ -255,7 +255,7 @@ def test_backward_stays_on_the_backend_of_the_forward(monkeypatch: pytest.Monkey
     module = pytest.importorskip("varkern.kernels.norm")
     launch = module.modulated_layer_norm_backward
     monkeypatch.setattr(module, "modulated_layer_norm_backward", lambda *args: (calls.append(1), launch(*args)))
-    device = "cpu" if _library.interpreting() else "cuda"
+    device = "cpu" if backends.interpreting() else "cuda"
     x, scale, shift = arguments((2, 3, 5), device)
     x = x.detach().requires_grad_()
     with use_backend("triton"):
@@ -312,7 +312,7 @@ def test_bad_input(change, message: str, backend: str | None, gradient: bool) ->
 
 def test_rows_too_wide_for_triton() -> None:
     kernels = pytest.importorskip("varkern.kernels.norm")
-    device = "cpu" if _library.interpreting() else "cuda"
+    device = "cpu" if backends.interpreting() else "cuda"
     x, scale, shift = arguments((1, 1, kernels.MAX_C + 1), device)
     with use_backend("triton"), pytest.raises(RuntimeError, match=f"C is {kernels.MAX_C + 1} and its kernels hold"):
         modulated_layer_norm(x, scale, shift)

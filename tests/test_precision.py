@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import varkern
-from varkern.ops import _precision, conv, quantize_reference
+from varkern.ops import _precision, conv
 from varkern.ops._precision import full_float32, full_float32_of
+from varkern.ops.quantize import reference as quantize_reference
 
 
 def tf32(tensor: Tensor) -> Tensor:

@@ -17,9 +17,9 @@ from torch import Tensor
 
 import varkern
 from varkern.modules.schedule import PATCH_NUMS_256, PATCH_NUMS_512, as_sizes
-from varkern.ops import _library, use_backend
+from varkern.ops import backends, use_backend
 from varkern.ops import quantize as ops
-from varkern.ops.quantize import Phi, Size
+from varkern.ops.quantize import Phi, Size, functions
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
@@ -96,7 +96,7 @@ cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 def interpreted() -> bool:
     """Triton's interpreter takes seconds a call; test_quantize_triton.py has the options of those kernels."""
-    return _library.current_backend() == "triton" and _library.interpreting()
+    return backends.current_backend() == "triton" and backends.interpreting()
 
 
 @pytest.fixture(autouse=True)
@@ -253,7 +253,7 @@ def test_gradient_of_the_last_f_hat_alone() -> None:
     grads = []
     for every in (True, False):
         codebook = problem.codebook.detach().requires_grad_()
-        bank = ops._stack("test", problem.phis, problem.sizes, codebook)
+        bank = functions._stack("test", problem.phis, problem.sizes, codebook)
         f_hats, _ = torch.ops.varkern.residual_quantize(problem.features, codebook, *bank, False, every, None)
         grads.append(torch.autograd.grad(f_hats[-1].square().sum(), codebook)[0])
     assert torch.equal(*grads)
@@ -367,13 +367,13 @@ def test_module_as_the_reference(share: int, quant_resi: float, prog_si: int) ->
 
 def test_module_uses_the_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    extension = _library.extension("cpu")
+    extension = backends.extension("cpu")
 
     class Counting:
         def __getattr__(self, name: str):
             return lambda *args: (calls.append(name), getattr(extension, name)(*args))[1]
 
-    monkeypatch.setattr("varkern.ops.quantize_operators.extension", lambda backend: Counting())
+    monkeypatch.setattr("varkern.ops.quantize.operators.extension", lambda backend: Counting())
     quantizer = varkern.VectorQuantizer2(40, 8, False, v_patch_nums=(1, 2, 4))
     features = torch.randn(1, 8, 4, 4)
     tokens = quantizer.f_to_idxBl_or_fhat(features, to_fhat=False)
@@ -391,8 +391,8 @@ def test_module_uses_the_operators(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_opcheck(device: torch.device) -> None:
-    problem, backend = Case(sizes=((1, 1), (2, 2), (3, 3))).make(device), _library.current_backend()
-    bank = ops._stack("test", problem.phis, problem.sizes, problem.codebook)
+    problem, backend = Case(sizes=((1, 1), (2, 2), (3, 3))).make(device), backends.current_backend()
+    bank = functions._stack("test", problem.phis, problem.sizes, problem.codebook)
     leaves = [tensor.detach().requires_grad_() for tensor in (problem.codebook, *bank[:2])]
     ours, features, indices = torch.ops.varkern, problem.features, problem.indices()
     options = {"test_utils": ("test_schema", "test_faketensor")} if interpreted() else {}

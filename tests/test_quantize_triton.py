@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from golden import ALL, SMALL, load_golden
 from torch import Tensor
 
-from varkern.ops import quantize_reference as reference
+from varkern.ops.quantize import reference
 
 kernels: Any = pytest.importorskip("varkern.kernels.quantize", reason="triton is not installed")
-encode: Any = pytest.importorskip("varkern.kernels.quantize_encode")
-search: Any = pytest.importorskip("varkern.kernels.quantize_search")
+encode: Any = pytest.importorskip("varkern.kernels.quantize.encode")
+search: Any = pytest.importorskip("varkern.kernels.quantize.search")
 triton: Any = pytest.importorskip("triton")
 tl: Any = pytest.importorskip("triton.language")
 

@@ -11,7 +11,7 @@ import pytest
 
 import varkern
 from varkern import cli
-from varkern.ops._library import Op
+from varkern.ops._op import Op
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

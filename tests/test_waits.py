@@ -16,7 +16,8 @@ from varkern.engine.arguments import check_labels, draw_labels
 from varkern.engine.noise import BatchNoise
 from varkern.engine.options import Options
 from varkern.modules.schedule import PATCH_NUMS_256
-from varkern.ops import decode, quantize, sampling
+from varkern.ops import quantize, sampling
+from varkern.ops.attention import cached
 
 generate_module = sys.modules["varkern.engine.generate"]  # the name means the function
 
@@ -65,7 +66,7 @@ class TestNothingWaits:
         with torch.device("meta"), torch.no_grad(), Waits() as waits:
             assert sampling._draw_reference(torch.empty(4, 9, 64), torch.empty(18, 64), 1.5, 5, 0.9).shape == (2, 9)
             qkv, cache, bias = torch.empty(2, 9, 3, 2, 32), torch.empty(2, 2, 2, 14, 32), torch.empty(64)
-            out = decode.cached_attention_reference(qkv, cache, 5, bias, bias, torch.empty(2), 1.0)
+            out = cached.cached_attention_reference(qkv, cache, 5, bias, bias, torch.empty(2), 1.0)
             assert out.shape == (2, 9, 2, 32)
             f_hat, codes = torch.empty(2, 8, 4, 4), torch.empty(2, 8, 2, 2)
             phi = quantize.Phi(torch.empty(8, 8, 3, 3), torch.empty(8), 0.5)

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from varkern._version import __version__
-from varkern.ops._library import Op, current_backend, explain, load
+from varkern.ops._op import Op, explain
+from varkern.ops.backends import current_backend, load
 
 __all__ = ["main", "report"]
 
@@ -112,7 +113,7 @@ def _op(op: Op) -> list[dict[str, Any]]:
         for dtype in _DTYPES:
             example = op.example(device, dtype)
             try:
-                backend = op.choose(current_backend(), device.type, *example)
+                backend = op.choose(current_backend(), *example)
             except RuntimeError as error:
                 backend = f"none: {error}"
             why_not = explain(op.name, *example)

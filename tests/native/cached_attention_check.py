@@ -15,7 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import test_decode
 
-from varkern.ops import _library, decode, use_backend
+from varkern.ops import _op, backends, use_backend
+from varkern.ops.attention import cached
 
 
 def main(path: str) -> None:
@@ -25,10 +26,10 @@ def main(path: str) -> None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     # The backend takes CPU tensors, for the emulation has no others.
-    load = _library.load
-    _library.load = lambda name: (module, None) if name == "varkern._C_cuda" else load(name)
-    decode.cuda_why_not = lambda tensor: None
-    decode.stream = lambda tensor: (0,)
+    load = backends.load
+    backends.load = lambda name: (module, None) if name == "varkern._C_cuda" else load(name)
+    _op._ABSENT["cuda"] = lambda tensor: None
+    cached.stream = lambda tensor: (0,)
 
     torch.use_deterministic_algorithms(True, warn_only=True)  # NaN in torch.empty
     device = torch.device("cpu")

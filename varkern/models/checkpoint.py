@@ -27,7 +27,7 @@ from varkern.models.files import (
 )
 from varkern.models.unwrap import models_in, plain_name, unwrap
 from varkern.models.var import VAR
-from varkern.ops.attention_reference import block_causal_mask
+from varkern.ops.attention.reference import block_causal_mask
 
 __all__ = [
     "CheckpointError",

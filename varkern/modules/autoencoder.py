@@ -10,7 +10,7 @@ from torch._C._functorch import is_batchedtensor
 
 from varkern.modules.plain import fusable, is_plain, is_plain_conv
 from varkern.ops import reference_forced
-from varkern.ops._library import needs_gradient
+from varkern.ops._op import needs_gradient
 from varkern.ops.conv import Norm, conv3x3
 from varkern.ops.group_norm import group_norm_silu
 

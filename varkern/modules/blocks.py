@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from varkern.modules.plain import fusable, is_plain, is_plain_norm
 from varkern.ops import reference_forced
-from varkern.ops._library import check_floats
 from varkern.ops.attention import BlockCausal, block_causal_attention_qkv
-from varkern.ops.attention_peers import peer_attention
-from varkern.ops.attention_reference import MAX_LOG_TEMPERATURE, attention_reference, normalize_qk_reference
-from varkern.ops.decode import cached_attention
+from varkern.ops.attention.cached import cached_attention
+from varkern.ops.attention.peers import peer_attention
+from varkern.ops.attention.reference import MAX_LOG_TEMPERATURE, attention_reference, normalize_qk_reference
+from varkern.ops.checks import check_floats
 from varkern.ops.norm import modulated_layer_norm
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from varkern.modules.plain import compute_dtype, fusable, is_plain, is_plain_conv
 from varkern.modules.schedule import as_patch_nums, as_sizes, nearest_tick, phi_ticks
 from varkern.ops import quantize as ops
-from varkern.ops._library import check_floats
+from varkern.ops.checks import check_floats
 from varkern.ops.quantize import Size
 
 

@@ -19,10 +19,10 @@ from varkern.modules.plain import compute_dtype, runs_as_built
 from varkern.modules.quantizer import VectorQuantizer2
 from varkern.modules.schedule import PATCH_NUMS_256, as_patch_nums
 from varkern.modules.vqvae import VQVAE
-from varkern.ops._library import check_floats, check_tensors
 from varkern.ops.attention import BlockCausal
-from varkern.ops.attention_peers import check_attention
-from varkern.ops.attention_reference import block_causal_mask, cached_block_causal_mask
+from varkern.ops.attention.peers import check_attention
+from varkern.ops.attention.reference import block_causal_mask, cached_block_causal_mask
+from varkern.ops.checks import check_floats, check_tensors
 
 T = TypeVar("T")
 

@@ -10,7 +10,7 @@ from varkern.modules.autoencoder import Decoder, Encoder
 from varkern.modules.plain import compute_dtype, is_plain
 from varkern.modules.quantizer import VectorQuantizer2, check_map, check_maps, device_of
 from varkern.modules.schedule import PATCH_NUMS_256, as_sizes
-from varkern.ops._library import check_floats
+from varkern.ops.checks import check_floats
 
 
 class VQVAE(nn.Module):

@@ -1,17 +1,19 @@
-"""The operators: one file each with the public function, its reference in plain PyTorch, schema, autograd and backends.
+"""The operators: one file each with the public function, its reference in plain PyTorch, and its kernels' launch.
 
-Every op that has a fast backend is used through the function of its file; ``_library`` chooses the backend.
+Every op is used through the function of its file; ``_op`` makes of what the file says all that PyTorch wants to know.
 """
 
-from varkern.ops._library import current_backend, explain, reference_forced, use_backend
+from varkern.ops._op import explain
 from varkern.ops.attention import (
     block_causal_attention,
     block_causal_attention_qkv,
     block_causal_attention_qkv_reference,
     block_causal_attention_reference,
+    cached_attention,
+    cached_attention_reference,
 )
+from varkern.ops.backends import current_backend, reference_forced, use_backend
 from varkern.ops.conv import conv3x3, conv3x3_reference
-from varkern.ops.decode import cached_attention, cached_attention_reference
 from varkern.ops.flops import register_formulas
 from varkern.ops.gated_norm import gated_residual_layer_norm_, gated_residual_layer_norm_reference_
 from varkern.ops.group_norm import (

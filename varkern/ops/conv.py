@@ -9,33 +9,18 @@ convolution after varkern's group norm.
 
 from __future__ import annotations
 
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from varkern.ops._library import (
-    Op,
-    autograd,
-    check_floats,
-    check_integer,
-    check_number,
-    check_truth,
-    cpu_why_not,
-    current_backend,
-    extension,
-    fake,
-    impl,
-    library,
-    needs_gradient,
-    reference_forced,
-)
+from varkern.ops._op import Op
+from varkern.ops.backends import extension, pointer
+from varkern.ops.checks import check_truth
 from varkern.ops.group_norm import check_group_norm, group_norm_affine, group_norm_silu, group_norm_silu_reference
 
 __all__ = ["Norm", "conv3x3", "conv3x3_reference"]
-
-_OPTIONAL = ("bias", "norm's weight", "norm's bias", "residual")
 
 # Output tiles of 4 x 4, over the batch, from which on fewer multiplications pay for transforming the weights.
 _MIN_TILES = 32
@@ -48,6 +33,21 @@ class Norm(NamedTuple):
     bias: Tensor
     groups: int
     eps: float
+
+
+def _example(device: torch.device, dtype: torch.dtype) -> tuple[Tensor | float | None, ...]:
+    x = torch.zeros(1, 32, 32, 32, device=device, dtype=dtype)
+    weight, affine = x.new_zeros((8, 32, 3, 3), dtype=dtype), x.new_ones((2, 32), dtype=dtype)
+    return x, weight, None, affine[0], affine[1], 32, 1e-6, x.new_zeros((1, 8, 32, 32), dtype=dtype), False
+
+
+_OP = Op(
+    "conv3x3(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, int groups, float eps, "
+    "Tensor? residual, bool upsample) -> Tensor",
+    ("cpu",),
+    _example,
+    no_gradient="train through torch.nn.functional.conv2d",
+)
 
 
 def conv3x3_reference(
@@ -100,27 +100,11 @@ def conv3x3(
         raise TypeError(f"conv3x3: norm is {norm!r}, give a Norm(weight, bias, groups, eps) or None.")
     check_truth("conv3x3", "upsample", upsample)
     norm_weight, norm_bias, groups, eps = norm if norm is not None else (None, None, 1, 0.0)
-    check_floats("conv3x3", ("x", "weight"), (x, weight))
-    check_floats("conv3x3", _OPTIONAL, (bias, norm_weight, norm_bias, residual), optional=True)
-    check_integer("conv3x3", "norm's groups", groups)
-    check_number("conv3x3", "norm's eps", eps)
-    if needs_gradient(*(t for t in (x, weight, bias, norm_weight, norm_bias, residual) if t is not None)):
-        _refuse_gradient()
-    if reference_forced():
-        _check(x, weight, bias, norm_weight, norm_bias, groups, residual, upsample)
-        return conv3x3_reference(x, weight, bias, norm, residual, upsample)
-    return torch.ops.varkern.conv3x3(
-        x, weight, bias, norm_weight, norm_bias, groups, eps, residual, upsample, current_backend()
-    )
+    norm_weight, norm_bias, groups, eps = norm if norm is not None else (None, None, 1, 0.0)
+    return _OP(x, weight, bias, norm_weight, norm_bias, groups, eps, residual, upsample)
 
 
-def _refuse_gradient(*_: object) -> NoReturn:
-    raise RuntimeError(
-        "conv3x3 has no gradient: call it under torch.no_grad() or torch.inference_mode(), or train through "
-        "torch.nn.functional.conv2d."
-    )
-
-
+@_OP.check
 def _check(
     x: Tensor,
     weight: Tensor,
@@ -128,11 +112,10 @@ def _check(
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     groups: int,
+    eps: float,
     residual: Tensor | None,
     upsample: bool,
 ) -> None:
-    check_floats("conv3x3", ("x", "weight"), (x, weight))
-    check_floats("conv3x3", _OPTIONAL, (bias, norm_weight, norm_bias, residual), optional=True)
     if x.dim() != 4 or 0 in x.shape[1:]:
         raise ValueError(f"conv3x3: x has shape {tuple(x.shape)}, give (B, C, H, W) with C, H, W > 0.")
     C = x.size(1)
@@ -158,25 +141,38 @@ def _check(
             )
 
 
-def _why_not_cpu(x: Tensor, *_: object) -> str | None:
-    return cpu_why_not(x) or (None if x.dtype == torch.float32 else f"{x.dtype} is not float32")
+@_OP.limits
+def _limits(backend: str, x: Tensor, *_: object) -> str | None:
+    return None if x.dtype == torch.float32 else f"{x.dtype} is not float32"
 
 
-def _example(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    return (torch.zeros(1, 32, 32, 32, device=device, dtype=dtype),)
+def _tiles(x: Tensor, upsample: bool) -> int:
+    B, _, H, W = x.shape
+    factor = 2 if upsample else 1
+    return B * -(-factor * H // 4) * -(-factor * W // 4)
 
 
-_OP = Op("conv3x3", {"cpu": _why_not_cpu}, _example)
-
-_INPUTS = (
-    "Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, int groups, float eps, "
-    "Tensor? residual, bool upsample, str? backend"
-)
-library.define(f"conv3x3({_INPUTS}) -> Tensor")
+@_OP.worthwhile
+def _worthwhile(x: Tensor, *rest: Tensor | float | bool | None) -> bool:
+    return _tiles(x, bool(rest[-1])) >= _MIN_TILES
 
 
-@impl("conv3x3")
-def _conv3x3(
+@_OP.empty
+def _empty(x: Tensor, weight: Tensor, *rest: Tensor | float | bool | None) -> Tensor:
+    B, _, H, W = x.shape
+    factor = 2 if rest[-1] else 1
+    return x.new_empty((B, factor * H, factor * W, weight.size(0))).permute(0, 3, 1, 2)
+
+
+@_OP.flops
+def _flops(a: Any) -> int:
+    """Of the convolution's definition, whatever the algorithm."""
+    B, C, H, W = a.x
+    return 2 * B * (H << a.upsample) * (W << a.upsample) * a.weight[0] * C * 9
+
+
+@_OP.eager
+def _eager(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -186,60 +182,58 @@ def _conv3x3(
     eps: float,
     residual: Tensor | None,
     upsample: bool,
-    backend: str | None,
 ) -> Tensor:
-    _check(x, weight, bias, norm_weight, norm_bias, groups, residual, upsample)
+    norm = None if norm_weight is None or norm_bias is None else Norm(norm_weight, norm_bias, groups, eps)
+    return conv3x3_reference(x, weight, bias, norm, residual, upsample)
+
+
+@_OP.reference
+def _reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    groups: int,
+    eps: float,
+    residual: Tensor | None,
+    upsample: bool,
+) -> Tensor:
+    if norm_weight is not None and norm_bias is not None:
+        x = group_norm_silu(x, norm_weight, norm_bias, groups, eps)
+    if x.device.type == "cpu" and _tiles(x, upsample) < _MIN_TILES:
+        # A map of few tiles is less to rearrange than its weights, which PyTorch would bring to x's format.
+        x = x.contiguous()
+    return _plain(x, weight, bias, residual, upsample).contiguous(memory_format=torch.channels_last)
+
+
+@_OP.kernels
+def _launch(
+    backend: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    groups: int,
+    eps: float,
+    residual: Tensor | None,
+    upsample: bool,
+) -> Tensor:
     B, C, H, W = x.shape
-    factor = 2 if upsample else 1
-    chosen = _OP.choose(backend, x.device.type, x)
-    few = backend is None and B * -(-factor * H // 4) * -(-factor * W // 4) < _MIN_TILES
-    if chosen == "reference" or few or not B:
-        if norm_weight is not None and norm_bias is not None:
-            x = group_norm_silu(x, norm_weight, norm_bias, groups, eps)
-        if few and x.device.type == "cpu":
-            # A map of few tiles is less to rearrange than its weights, which PyTorch would bring to x's format.
-            x = x.contiguous()
-        return _plain(x, weight, bias, residual, upsample).contiguous(memory_format=torch.channels_last)
+    out = _empty(x, weight, upsample)
+    if not B:
+        return out
     x = x.contiguous(memory_format=torch.channels_last)
-    affine = None
+    affine: Tensor | tuple[None, None] = (None, None)
     if norm_weight is not None and norm_bias is not None:
         affine = group_norm_affine(x, norm_weight, norm_bias, groups, eps)
     if bias is not None:
         bias = bias.contiguous()
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
-    out = _empty(x, weight, upsample)
-    extension("cpu").conv3x3(
-        *(x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr()),
-        *((0, 0) if affine is None else (affine[0].data_ptr(), affine[1].data_ptr())),
-        *(0 if residual is None else residual.data_ptr(), out.data_ptr()),
-        *(B, H, W, C, weight.size(0), *weight.stride(), upsample),
+    extension(backend).conv3x3(
+        *(x.data_ptr(), weight.data_ptr(), pointer(bias), pointer(affine[0]), pointer(affine[1])),
+        *(pointer(residual), out.data_ptr(), B, H, W, C, weight.size(0), *weight.stride(), upsample),
     )
     return out
-
-
-def _empty(x: Tensor, weight: Tensor, upsample: bool) -> Tensor:
-    """The result's memory, channels last."""
-    B, _, H, W = x.shape
-    factor = 2 if upsample else 1
-    return x.new_empty((B, factor * H, factor * W, weight.size(0))).permute(0, 3, 1, 2)
-
-
-@fake("conv3x3")
-def _fake(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    groups: int,
-    eps: float,
-    residual: Tensor | None,
-    upsample: bool,
-    backend: str | None,
-) -> Tensor:
-    _check(x, weight, bias, norm_weight, norm_bias, groups, residual, upsample)
-    return _empty(x, weight, upsample)
-
-
-autograd("conv3x3", _refuse_gradient)

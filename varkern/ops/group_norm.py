@@ -9,37 +9,33 @@ while it loads.
 
 from __future__ import annotations
 
-from typing import NoReturn
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from varkern.ops._library import (
-    DTYPE_CODES,
-    Op,
-    autograd,
-    check_floats,
-    check_integer,
-    check_number,
-    check_truth,
-    cpu_why_not,
-    cuda_why_not,
-    current_backend,
-    device_guard,
-    dtype_why_not,
-    extension,
-    fake,
-    impl,
-    library,
-    needs_gradient,
-    reference_forced,
-    stream,
-)
+from varkern.ops._op import Op
+from varkern.ops.backends import DTYPE_CODES, dtype_why_not, extension, pointer, stream
+from varkern.ops.checks import check_device
 
 __all__ = ["group_norm_affine", "group_norm_affine_reference", "group_norm_silu", "group_norm_silu_reference"]
 
 
+def _example_affine(device: torch.device, dtype: torch.dtype) -> tuple[Tensor | float, ...]:
+    weight, bias = torch.ones(2, 64, device=device, dtype=dtype)
+    return torch.zeros(1, 64, 4, 4, device=device, dtype=dtype), weight, bias, 32, 1e-6
+
+
+def _example(device: torch.device, dtype: torch.dtype) -> tuple[Tensor | float, ...]:
+    return (*_example_affine(device, dtype), True)
+
+
+_INPUTS, _BACKENDS = "Tensor x, Tensor weight, Tensor bias, int num_groups, float eps", ("cuda", "cpu")
+_INSTEAD = "train through torch.nn.functional.group_norm"
+_SILU = Op(f"group_norm_silu({_INPUTS}, bool silu) -> Tensor", _BACKENDS, _example, no_gradient=f"{_INSTEAD} and silu")
+_AFFINE = Op(f"group_norm_affine({_INPUTS}) -> Tensor", _BACKENDS, _example_affine, no_gradient=_INSTEAD)
+
+
+@_SILU.eager
 def group_norm_silu_reference(
     x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float = 1e-6, silu: bool = True
 ) -> Tensor:
@@ -51,6 +47,7 @@ def group_norm_silu_reference(
     return (F.silu(out, inplace=True) if silu else out).to(dtype)
 
 
+@_AFFINE.reference
 def group_norm_affine_reference(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float = 1e-6) -> Tensor:
     """``group_norm_affine`` in plain PyTorch; same arguments and result."""
     wide = x if x.dtype == torch.float64 else x.float()
@@ -83,14 +80,7 @@ def group_norm_silu(
     For inference: raises ``RuntimeError`` where a gradient would be recorded, or where the backend asked for cannot
     serve, ``ValueError`` for shapes, dtypes or devices that do not fit. float64 is computed by the reference.
     """
-    check_arguments("group_norm_silu", x, weight, bias, num_groups, eps)
-    check_truth("group_norm_silu", "silu", silu)
-    if needs_gradient(x, weight, bias):
-        _refuse_gradient()
-    if reference_forced():
-        check_group_norm("group_norm_silu", x, weight, bias, num_groups)
-        return group_norm_silu_reference(x, weight, bias, num_groups, eps, silu)
-    return torch.ops.varkern.group_norm_silu(x, weight, bias, num_groups, eps, silu, current_backend())
+    return _SILU(x, weight, bias, num_groups, eps, silu)
 
 
 def group_norm_affine(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float = 1e-6) -> Tensor:
@@ -105,37 +95,20 @@ def group_norm_affine(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, 
         PyTorch's own kernels lose, which have the same form; a fused multiply-add adds nothing to it.
         ``group_norm_silu`` does not lose it.
     """
-    check_arguments("group_norm_affine", x, weight, bias, num_groups, eps)
-    if needs_gradient(x, weight, bias):
-        _refuse_gradient_affine()
-    if reference_forced():
-        check_group_norm("group_norm_affine", x, weight, bias, num_groups)
-        return group_norm_affine_reference(x, weight, bias, num_groups, eps)
-    return torch.ops.varkern.group_norm_affine(x, weight, bias, num_groups, eps, current_backend())
+    return _AFFINE(x, weight, bias, num_groups, eps)
 
 
-def _refuse_gradient(*_: object) -> NoReturn:
-    raise RuntimeError(
-        "group_norm_silu has no gradient: call it under torch.no_grad() or torch.inference_mode(), or train through "
-        "torch.nn.functional.group_norm and silu."
-    )
+@_SILU.check
+def _check(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, silu: bool) -> None:
+    check_group_norm("group_norm_silu", x, weight, bias, num_groups)
 
 
-def _refuse_gradient_affine(*_: object) -> NoReturn:
-    raise RuntimeError(
-        "group_norm_affine has no gradient: call it under torch.no_grad() or torch.inference_mode(), or train through "
-        "torch.nn.functional.group_norm."
-    )
-
-
-def check_arguments(op: str, x: object, weight: object, bias: object, num_groups: object, eps: object) -> None:
-    check_floats(op, ("x", "weight", "bias"), (x, weight, bias))
-    check_integer(op, "num_groups", num_groups)
-    check_number(op, "eps", eps)
+@_AFFINE.check
+def _check_affine(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float) -> None:
+    check_group_norm("group_norm_affine", x, weight, bias, num_groups)
 
 
 def check_group_norm(op: str, x: Tensor, weight: Tensor, bias: Tensor, num_groups: int) -> None:
-    check_floats(op, ("x", "weight", "bias"), (x, weight, bias))
     if x.dim() != 4 or 0 in x.shape[1:]:
         raise ValueError(f"{op}: x has shape {tuple(x.shape)}, give (B, C, H, W) with C, H, W > 0.")
     C = x.size(1)
@@ -144,30 +117,31 @@ def check_group_norm(op: str, x: Tensor, weight: Tensor, bias: Tensor, num_group
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor.shape != (C,):
             raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, give ({C},) for {C} channels.")
-        if tensor.device != x.device:
-            raise ValueError(f"{op}: {name} is on {tensor.device} and x on {x.device}, use one device.")
+    check_device(op, "x", x, weight=weight, bias=bias)
     if weight.dtype != bias.dtype:
         raise ValueError(f"{op}: weight is {weight.dtype} and bias {bias.dtype}, give them one dtype.")
 
 
-def _why_not_cuda(x: Tensor, *_: object) -> str | None:
-    return cuda_why_not(x) or dtype_why_not(x)
+@_SILU.limits
+@_AFFINE.limits
+def _limits(backend: str, x: Tensor, *_: object) -> str | None:
+    return dtype_why_not(x)
 
 
-def _why_not_cpu(x: Tensor, *_: object) -> str | None:
-    return cpu_why_not(x) or dtype_why_not(x)
+@_SILU.empty
+def _empty(x: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(x, memory_format=_format(x))
 
 
-def _example(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    return (torch.zeros(1, 64, 4, 4, device=device, dtype=dtype),)
+@_AFFINE.empty
+def _empty_affine(x: Tensor, *_: object) -> Tensor:
+    return x.new_empty((2, x.size(0), x.size(1)), dtype=torch.float32)
 
 
-_SILU = Op("group_norm_silu", {"cuda": _why_not_cuda, "cpu": _why_not_cpu}, _example)
-_AFFINE = Op("group_norm_affine", {"cuda": _why_not_cuda, "cpu": _why_not_cpu}, _example)
-
-_INPUTS = "Tensor x, Tensor weight, Tensor bias, int num_groups, float eps"
-library.define(f"group_norm_silu({_INPUTS}, bool silu, str? backend) -> Tensor")
-library.define(f"group_norm_affine({_INPUTS}, str? backend) -> Tensor")
+@_SILU.reference
+def _reference(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, silu: bool) -> Tensor:
+    out = group_norm_silu_reference(x, weight, bias, num_groups, eps, silu)
+    return out.contiguous(memory_format=_format(x))
 
 
 def _format(x: Tensor) -> torch.memory_format:
@@ -187,21 +161,36 @@ def _chunk_pixels(C: int, P: int, num_groups: int, channels_last: bool) -> int:
     return -(-pixels // 8) * 8
 
 
-def _launch(
+@_SILU.kernels
+def _launch(backend: str, x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, silu: bool) -> Tensor:
+    out = _empty(x)
+    coefficients = x.new_empty((3, x.size(0), x.size(1)), dtype=torch.float32)
+    _fill(backend, x, weight, bias, num_groups, eps, silu, out, coefficients)
+    return out
+
+
+@_AFFINE.kernels
+def _launch_affine(backend: str, x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float) -> Tensor:
+    coefficients = _empty_affine(x)
+    _fill(backend, x, weight, bias, num_groups, eps, False, None, coefficients)
+    return coefficients
+
+
+def _fill(
     backend: str,
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
-    out: Tensor | None,
     num_groups: int,
     eps: float,
-    silu: bool = False,
-) -> Tensor:
-    """Fills out, if there is one. Returns the coefficients: (2, B, C), or (3, B, C) with those of out."""
+    silu: bool,
+    out: Tensor | None,
+    coefficients: Tensor,
+) -> None:
+    """Write out, if there is one, and the coefficients: (2, B, C), or (3, B, C) with those of out."""
     B, C, H, W = x.shape
-    coefficients = x.new_empty((2 if out is None else 3, B, C), dtype=torch.float32)
     if B == 0:
-        return coefficients
+        return
     x = x.contiguous(memory_format=_format(x))
     weight, bias = (tensor.detach().float().contiguous() for tensor in (weight, bias))
     channels_last = _format(x) == torch.channels_last
@@ -210,54 +199,9 @@ def _launch(
         pixels = _chunk_pixels(C, H * W, num_groups, channels_last)
         partial = x.new_empty((B, num_groups, -(-H * W // pixels), 2), dtype=torch.float64)
         extra = partial.data_ptr(), pixels, *stream(x)
-    with device_guard(x):
-        extension(backend).group_norm(
-            *(x.data_ptr(), weight.data_ptr(), bias.data_ptr()),
-            *(0 if out is None else out.data_ptr(), coefficients.data_ptr(), B, C, H * W, num_groups),
-            *(DTYPE_CODES[x.dtype], channels_last, silu, eps),
-            *extra,
-        )
-    return coefficients
-
-
-@impl("group_norm_silu")
-def _group_norm_silu(
-    x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, silu: bool, backend: str | None
-) -> Tensor:
-    check_group_norm("group_norm_silu", x, weight, bias, num_groups)
-    backend = _SILU.choose(backend, x.device.type, x)
-    if backend == "reference":
-        out = group_norm_silu_reference(x, weight, bias, num_groups, eps, silu)
-        return out.contiguous(memory_format=_format(x))
-    out = torch.empty_like(x, memory_format=_format(x))
-    _launch(backend, x, weight, bias, out, num_groups, eps, silu)
-    return out
-
-
-@impl("group_norm_affine")
-def _group_norm_affine(
-    x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, backend: str | None
-) -> Tensor:
-    check_group_norm("group_norm_affine", x, weight, bias, num_groups)
-    backend = _AFFINE.choose(backend, x.device.type, x)
-    if backend == "reference":
-        return group_norm_affine_reference(x, weight, bias, num_groups, eps)
-    return _launch(backend, x, weight, bias, None, num_groups, eps)
-
-
-@fake("group_norm_silu")
-def _fake_silu(
-    x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, silu: bool, backend: str | None
-) -> Tensor:
-    check_group_norm("group_norm_silu", x, weight, bias, num_groups)
-    return torch.empty_like(x, memory_format=_format(x))
-
-
-@fake("group_norm_affine")
-def _fake_affine(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, backend: str | None) -> Tensor:
-    check_group_norm("group_norm_affine", x, weight, bias, num_groups)
-    return x.new_empty((2, x.size(0), x.size(1)), dtype=torch.float32)
-
-
-autograd("group_norm_silu", _refuse_gradient)
-autograd("group_norm_affine", _refuse_gradient_affine)
+    extension(backend).group_norm(
+        *(x.data_ptr(), weight.data_ptr(), bias.data_ptr()),
+        *(pointer(out), coefficients.data_ptr(), B, C, H * W, num_groups),
+        *(DTYPE_CODES[x.dtype], channels_last, silu, eps),
+        *extra,
+    )

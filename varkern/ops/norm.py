@@ -7,43 +7,53 @@ over the last axis, from Peebles and Xie, "Scalable Diffusion Models with Transf
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from varkern.ops._library import (
+from varkern.ops._op import Op
+from varkern.ops.backends import (
     DTYPE_CODES,
-    Op,
-    autograd,
-    check_floats,
-    check_number,
-    cpu_why_not,
-    cuda_why_not,
-    current_backend,
     dense_last_axis,
-    device_guard,
     dtype_why_not,
     extension,
-    fake,
-    impl,
-    kernels,
-    library,
-    needs_gradient,
-    once_differentiable,
-    reference_forced,
     stream,
     transformed,
-    triton_why_not,
+    triton_kernels,
 )
+from varkern.ops.checks import check_device
 
 __all__ = ["modulated_layer_norm", "modulated_layer_norm_reference"]
 
+_NAME = "modulated_layer_norm"
 _BACKWARD_PROGRAMS = 512  # GPU programs of a backward pass: a few for each multiprocessor
 _MIN_ROWS = 8  # and rows for each at least, so that the partial sums cost little beside reading the rows
 
 
+def _example(device: torch.device, dtype: torch.dtype) -> tuple[Tensor | float, ...]:
+    scale, shift = torch.zeros(2, 2, 1, 64, device=device, dtype=dtype)
+    return torch.zeros(2, 4, 64, device=device, dtype=dtype), scale, shift, 1e-6
+
+
+def _example_backward(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    x, scale = torch.zeros(2, 4, 64, device=device, dtype=dtype), torch.zeros(2, 1, 64, device=device, dtype=dtype)
+    return x, x, scale, torch.ones(2, 2, 4, device=device, dtype=torch.float32)
+
+
+_INPUTS, _BACKENDS = "Tensor x, Tensor scale, Tensor shift, float eps", ("cuda", "triton", "cpu")
+_OP = Op(f"{_NAME}({_INPUTS}) -> Tensor", _BACKENDS, _example)
+# For training. statistics: float32 (2, B, L), mean and rstd of every row.
+_FORWARD = Op(f"{_NAME}_forward({_INPUTS}) -> (Tensor out, Tensor statistics)", _BACKENDS, _example)
+_BACKWARD = Op(
+    f"{_NAME}_backward(Tensor grad_out, Tensor x, Tensor scale, Tensor statistics)"
+    " -> (Tensor grad_x, Tensor grad_scale, Tensor grad_shift)",
+    _BACKENDS,
+    _example_backward,
+)
+_OP.gradient(_BACKWARD, _FORWARD)
+
+
+@_OP.eager
 def modulated_layer_norm_reference(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Tensor:
     """``modulated_layer_norm`` in plain PyTorch, as an eager AdaLN block computes it; same arguments."""
     if scale.dim() == 2:
@@ -69,173 +79,155 @@ def modulated_layer_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1
     backend is asked for. Raises ``ValueError`` for shapes, dtypes or devices that do not fit, ``RuntimeError`` where
     the backend asked for cannot serve.
     """
-    check_floats("modulated_layer_norm", ("x", "scale", "shift"), (x, scale, shift))
-    check_number("modulated_layer_norm", "eps", eps)
-    backend = current_backend()
-    if reference_forced() or (backend is None and torch.float64 in (x.dtype, scale.dtype)):
-        _check(x, scale, shift)
-        return modulated_layer_norm_reference(x, scale, shift, eps)
-    if needs_gradient(x, scale, shift):
-        return _ModulatedLayerNorm.apply(x, scale, shift, eps, backend)
-    return torch.ops.varkern.modulated_layer_norm(x, scale, shift, eps, backend)
+    return _OP(x, scale, shift, eps)
 
 
-def _check(x: Tensor, scale: Tensor, shift: Tensor) -> None:
-    check_floats("modulated_layer_norm", ("x", "scale", "shift"), (x, scale, shift))
+@_OP.by_pytorch
+def _by_pytorch(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> bool:
+    return torch.float64 in (x.dtype, scale.dtype)
+
+
+@_OP.check
+@_FORWARD.check
+def _check(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> None:
     if x.dim() != 3:
-        raise ValueError(f"modulated_layer_norm: x has shape {tuple(x.shape)}, give (B, L, C).")
+        raise ValueError(f"{_NAME}: x has shape {tuple(x.shape)}, give (B, L, C).")
     B, _, C = x.shape
     for name, tensor in (("scale", scale), ("shift", shift)):
         if tensor.shape != (B, 1, C) and tensor.shape != (B, C):
             raise ValueError(
-                f"modulated_layer_norm: {name} has shape {tuple(tensor.shape)}, "
-                f"give {(B, 1, C)} or {(B, C)} for x of shape {tuple(x.shape)}."
+                f"{_NAME}: {name} has shape {tuple(tensor.shape)}, give {(B, 1, C)} or {(B, C)} for x of shape "
+                f"{tuple(x.shape)}."
             )
-        if tensor.device != x.device:
-            raise ValueError(f"modulated_layer_norm: {name} is on {tensor.device} and x on {x.device}, use one device.")
+    check_device(_NAME, "x", x, scale=scale, shift=shift)
     if scale.dtype != shift.dtype or scale.dim() != shift.dim():
         raise ValueError(
-            f"modulated_layer_norm: scale is {scale.dtype} {tuple(scale.shape)} and shift {shift.dtype} "
-            f"{tuple(shift.shape)}, give them one dtype and shape."
+            f"{_NAME}: scale is {scale.dtype} {tuple(scale.shape)} and shift {shift.dtype} {tuple(shift.shape)}, give "
+            "them one dtype and shape."
         )
 
 
+@_BACKWARD.check
 def _check_backward(grad_out: Tensor, x: Tensor, scale: Tensor, statistics: Tensor) -> None:
-    op = "modulated_layer_norm_backward"
-    check_floats(op, ("grad_out", "statistics"), (grad_out, statistics))
-    _check(x, scale, scale)
-    for name, tensor, shape in (("grad_out", grad_out, x.shape), ("statistics", statistics, (2, *x.shape[:2]))):
-        if tensor.shape != shape or tensor.device != x.device:
+    _check(x, scale, scale, 0.0)
+    out_dtype = torch.promote_types(x.dtype, scale.dtype)
+    rows = (2, *x.shape[:2])
+    for name, tensor, shape, dtype in (
+        ("grad_out", grad_out, x.shape, out_dtype),
+        ("statistics", statistics, rows, torch.float32),
+    ):
+        if tensor.shape != shape or tensor.dtype != dtype or tensor.device != x.device:
             raise ValueError(
-                f"{op}: {name} has shape {tuple(tensor.shape)} on {tensor.device}, give {tuple(shape)} on x's device "
-                f"{x.device}."
+                f"{_NAME}_backward: {name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, give {dtype} "
+                f"{tuple(shape)} on x's device {x.device}."
             )
-    out_dtype = torch.promote_types(x.dtype, scale.dtype)
-    if statistics.dtype != torch.float32 or grad_out.dtype != out_dtype:
-        raise ValueError(
-            f"{op}: statistics are {statistics.dtype} and grad_out {grad_out.dtype}, give float32 and {out_dtype}."
-        )
 
 
-def _why_not_cuda(x: Tensor, scale: Tensor, *_: object) -> str | None:
-    return cuda_why_not(x) or dtype_why_not(x, scale)
+@_OP.limits
+@_FORWARD.limits
+def _limits(backend: str, x: Tensor, scale: Tensor, *_: object) -> str | None:
+    if backend == "triton" and x.size(-1) > (limit := triton_kernels("norm").MAX_C):
+        return f"C is {x.size(-1)} and its kernels hold a row of at most {limit} in registers"
+    return dtype_why_not(x, scale)
 
 
-def _why_not_triton(x: Tensor, scale: Tensor, *_: object) -> str | None:
-    reason = triton_why_not(x) or dtype_why_not(x, scale)
-    if reason is None and x.size(-1) > (limit := kernels("norm").MAX_C):
-        reason = f"C is {x.size(-1)} and its kernels hold a row of at most {limit} in registers"
-    return reason
+@_BACKWARD.limits
+def _limits_backward(backend: str, grad_out: Tensor, x: Tensor, scale: Tensor, *_: object) -> str | None:
+    return _limits(backend, x, scale)
 
 
-def _why_not_cpu(x: Tensor, scale: Tensor, *_: object) -> str | None:
-    return cpu_why_not(x) or dtype_why_not(x, scale)
+@_OP.empty
+def _empty(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+    return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, scale.dtype))
 
 
-def _example(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    x, condition = torch.zeros(2, 4, 64, device=device, dtype=dtype), torch.zeros(2, 1, 64, device=device, dtype=dtype)
-    return x, condition, condition
+@_FORWARD.empty
+def _empty_forward(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return _empty(x, scale, shift, eps), x.new_empty((2, *x.shape[:2]), dtype=torch.float32)
 
 
-_OP = Op("modulated_layer_norm", {"cuda": _why_not_cuda, "triton": _why_not_triton, "cpu": _why_not_cpu}, _example)
-
-_INPUTS = "Tensor x, Tensor scale, Tensor shift, float eps, str? backend"
-library.define(f"modulated_layer_norm({_INPUTS}) -> Tensor")
-# For training. statistics: float32 (2, B, L), mean and rstd of every row.
-library.define(f"modulated_layer_norm_forward({_INPUTS}) -> (Tensor out, Tensor statistics)")
-library.define(
-    "modulated_layer_norm_backward(Tensor grad_out, Tensor x, Tensor scale, Tensor statistics, str? backend)"
-    " -> (Tensor grad_x, Tensor grad_scale, Tensor grad_shift)"
-)
+@_BACKWARD.empty
+def _empty_backward(grad_out: Tensor, x: Tensor, scale: Tensor, statistics: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), scale.new_empty(scale.shape), scale.new_empty(scale.shape)
 
 
-def _pointers(statistics: Tensor) -> tuple[int, int]:
+@_OP.reference
+def _reference(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+    out = modulated_layer_norm_reference(x, scale, shift, eps)
+    return out.to(torch.promote_types(x.dtype, scale.dtype)).contiguous()
+
+
+@_FORWARD.reference
+def _reference_forward(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    variance, means = torch.var_mean(x.float(), -1, correction=0)
+    return _reference(x, scale, shift, eps), torch.stack((means, torch.rsqrt(variance + eps)))
+
+
+@_BACKWARD.reference
+def _reference_backward(grad_out: Tensor, x: Tensor, scale: Tensor, statistics: Tensor) -> tuple[Tensor, ...]:
+    mean, rstd = statistics.unsqueeze(-1)
+    normed = (x.float() - mean) * rstd
+    grad = grad_out.float()
+    grad_scale, grad_shift = (grad * normed).sum(1), grad.sum(1)
+    grad = grad * (1 + scale.float().view(x.size(0), 1, x.size(2)))
+    grad_x = rstd * (grad - grad.mean(-1, keepdim=True) - normed * (grad * normed).mean(-1, keepdim=True))
+    return _rounded(x, scale, grad_x, grad_scale, grad_shift)
+
+
+def _rounded(x: Tensor, scale: Tensor, grad_x: Tensor, grad_scale: Tensor, grad_shift: Tensor) -> tuple[Tensor, ...]:
+    grads = (grad.to(scale.dtype).view(scale.shape) for grad in (grad_scale, grad_shift))
+    return (grad_x.to(x.dtype), *grads)
+
+
+def _pointers(statistics: Tensor | None) -> tuple[int, int]:
     """The addresses of mean and rstd."""
-    return statistics.data_ptr(), statistics.data_ptr() + statistics.nbytes // 2
+    return (0, 0) if statistics is None else (statistics[0].data_ptr(), statistics[1].data_ptr())
 
 
-def _compute(
-    x: Tensor, scale: Tensor, shift: Tensor, eps: float, backend: str | None, training: bool
-) -> tuple[Tensor, Tensor | None]:
-    """The result and, for training, the statistics."""
-    _check(x, scale, shift)
-    statistics = x.new_empty((2, *x.shape[:2]), dtype=torch.float32) if training else None
-    backend = _OP.choose(backend, x.device.type, x, scale, shift)
-    out_dtype = torch.promote_types(x.dtype, scale.dtype)
-    if backend == "reference":
-        if statistics is not None:
-            variance, means = torch.var_mean(x.detach().float(), -1, correction=0)
-            torch.stack((means, torch.rsqrt(variance + eps)), out=statistics)
-        return modulated_layer_norm_reference(x, scale, shift, eps).to(out_dtype).contiguous(), statistics
+@_OP.kernels
+def _launch(backend: str, x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+    return _normalise(backend, x, scale, shift, eps, _empty(x, scale, shift, eps), None)
 
-    out = x.new_empty(x.shape, dtype=out_dtype)
+
+@_FORWARD.kernels
+def _launch_forward(backend: str, x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    out, statistics = _empty_forward(x, scale, shift, eps)
+    return _normalise(backend, x, scale, shift, eps, out, statistics), statistics
+
+
+def _normalise(
+    backend: str, x: Tensor, scale: Tensor, shift: Tensor, eps: float, out: Tensor, statistics: Tensor | None
+) -> Tensor:
     if out.numel() == 0:
-        return out, statistics
+        return out
     x, scale, shift = dense_last_axis(x), dense_last_axis(scale), dense_last_axis(shift)
-    with device_guard(x):
-        if backend == "triton":
-            kernels("norm").modulated_layer_norm_forward(x, scale, shift, out, statistics, eps)
-            return out, statistics
-        B, L, C = x.shape
-        mean, rstd = (0, 0) if statistics is None else _pointers(statistics)
-        extension(backend).modulated_layer_norm_forward(
-            *(x.data_ptr(), scale.data_ptr(), shift.data_ptr(), out.data_ptr(), mean, rstd),
-            *(B, L, C, x.stride(0), x.stride(1), scale.stride(0), shift.stride(0)),
-            *(DTYPE_CODES[x.dtype], DTYPE_CODES[scale.dtype], DTYPE_CODES[out_dtype], eps),
-            *stream(x),
-        )
-    return out, statistics
-
-
-@impl("modulated_layer_norm")
-def _modulated_layer_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float, backend: str | None) -> Tensor:
-    return _compute(x, scale, shift, eps, backend, training=False)[0]
-
-
-@impl("modulated_layer_norm_forward")
-def _modulated_layer_norm_forward(
-    x: Tensor, scale: Tensor, shift: Tensor, eps: float, backend: str | None
-) -> tuple[Tensor, Tensor]:
-    out, statistics = _compute(x, scale, shift, eps, backend, training=True)
-    assert statistics is not None
-    return out, statistics
-
-
-@impl("modulated_layer_norm_backward")
-def _modulated_layer_norm_backward(
-    grad_out: Tensor, x: Tensor, scale: Tensor, statistics: Tensor, backend: str | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check_backward(grad_out, x, scale, statistics)
-    backend = _OP.choose(backend, x.device.type, x, scale)
-    statistics = statistics.contiguous()
-    B, _, C = x.shape
-    if backend == "reference":
-        mean, rstd = statistics.unsqueeze(-1)
-        normed = (x.float() - mean) * rstd
-        grad = grad_out.float()
-        grad_scale, grad_shift = (grad * normed).sum(1), grad.sum(1)
-        grad = grad * (1 + scale.float().view(B, 1, C))
-        grad_x = rstd * (grad - grad.mean(-1, keepdim=True) - normed * (grad * normed).mean(-1, keepdim=True))
-    else:
-        grad_x = x.new_empty(x.shape)
-        # Without rows nothing is launched and the sums over them are zero. The Triton kernels round by themselves.
-        sums = x.new_empty if x.numel() else x.new_zeros
-        dtype = scale.dtype if backend == "triton" else torch.float32
-        grad_scale, grad_shift = sums((B, C), dtype=dtype), sums((B, C), dtype=dtype)
-        if x.numel():
-            grad_out, x, dense_scale = dense_last_axis(grad_out), dense_last_axis(x), dense_last_axis(scale)
-            _launch_backward(backend, grad_out, x, dense_scale, statistics, grad_x, grad_scale, grad_shift)
-    return (
-        grad_x.to(x.dtype),
-        grad_scale.to(scale.dtype).view(scale.shape),
-        grad_shift.to(scale.dtype).view(scale.shape),
+    if backend == "triton":
+        triton_kernels("norm").modulated_layer_norm_forward(x, scale, shift, out, statistics, eps)
+        return out
+    extension(backend).modulated_layer_norm_forward(
+        *(x.data_ptr(), scale.data_ptr(), shift.data_ptr(), out.data_ptr(), *_pointers(statistics)),
+        *(*x.shape, x.stride(0), x.stride(1), scale.stride(0), shift.stride(0)),
+        *(DTYPE_CODES[x.dtype], DTYPE_CODES[scale.dtype], DTYPE_CODES[out.dtype], eps),
+        *stream(x),
     )
+    return out
 
 
+@_BACKWARD.kernels
 def _launch_backward(
-    backend: str, grad_out: Tensor, x: Tensor, scale: Tensor, statistics: Tensor, *grads: Tensor
-) -> None:
+    backend: str, grad_out: Tensor, x: Tensor, scale: Tensor, statistics: Tensor
+) -> tuple[Tensor, ...]:
     B, L, C = x.shape
+    grad_x = x.new_empty(x.shape)
+    # Without rows nothing is launched and the sums over them are zero. The Triton kernels round by themselves.
+    sums = x.new_empty if x.numel() else x.new_zeros
+    dtype = scale.dtype if backend == "triton" else torch.float32
+    grad_scale, grad_shift = sums((B, C), dtype=dtype), sums((B, C), dtype=dtype)
+    if x.numel() == 0:
+        return _rounded(x, scale, grad_x, grad_scale, grad_shift)
+    grads = (grad_x, grad_scale, grad_shift)
+    grad_out, x, dense_scale = dense_last_axis(grad_out), dense_last_axis(x), dense_last_axis(scale)
+    statistics = statistics.contiguous()
     partial: tuple[object, ...] = ()
     if backend != "cpu":
         # A GPU sums each chunk of rows into its own line of a workspace and then the lines, in a fixed order. The
@@ -243,56 +235,15 @@ def _launch_backward(
         chunks = max(1, min(L // _MIN_ROWS, _BACKWARD_PROGRAMS // B))
         workspace = x.new_empty((2, B, chunks, C), dtype=torch.float32)
         partial = (workspace.data_ptr(), chunks)
-    with device_guard(x):
-        if backend == "triton":
-            kernels("norm").modulated_layer_norm_backward(grad_out, x, scale, statistics, *grads, workspace)
-            return
+    if backend == "triton":
+        triton_kernels("norm").modulated_layer_norm_backward(grad_out, x, dense_scale, statistics, *grads, workspace)
+    else:
         extension(backend).modulated_layer_norm_backward(
-            *(grad_out.data_ptr(), x.data_ptr(), scale.data_ptr(), *_pointers(statistics)),
+            *(grad_out.data_ptr(), x.data_ptr(), dense_scale.data_ptr(), *_pointers(statistics)),
             *(grad.data_ptr() for grad in grads),
-            *(B, L, C, grad_out.stride(0), grad_out.stride(1), x.stride(0), x.stride(1), scale.stride(0)),
+            *(B, L, C, grad_out.stride(0), grad_out.stride(1), x.stride(0), x.stride(1), dense_scale.stride(0)),
             *(DTYPE_CODES[x.dtype], DTYPE_CODES[scale.dtype], DTYPE_CODES[grad_out.dtype]),
             *partial,
             *stream(x),
         )
-
-
-@fake("modulated_layer_norm")
-def _fake(x: Tensor, scale: Tensor, shift: Tensor, eps: float, backend: str | None) -> Tensor:
-    _check(x, scale, shift)
-    return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, scale.dtype))
-
-
-@fake("modulated_layer_norm_forward")
-def _fake_forward(x: Tensor, scale: Tensor, shift: Tensor, eps: float, backend: str | None) -> tuple[Tensor, Tensor]:
-    return _fake(x, scale, shift, eps, backend), x.new_empty((2, *x.shape[:2]), dtype=torch.float32)
-
-
-@fake("modulated_layer_norm_backward")
-def _fake_backward(
-    grad_out: Tensor, x: Tensor, scale: Tensor, statistics: Tensor, backend: str | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check_backward(grad_out, x, scale, statistics)
-    return x.new_empty(x.shape), scale.new_empty(scale.shape), scale.new_empty(scale.shape)
-
-
-class _ModulatedLayerNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, eps: float, backend: str | None) -> Tensor:
-        out, statistics = torch.ops.varkern.modulated_layer_norm_forward(x, scale, shift, eps, backend)
-        ctx.save_for_backward(x, scale, statistics)
-        ctx.backend = backend
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, statistics = ctx.saved_tensors
-        grads = once_differentiable(
-            "modulated_layer_norm",
-            (grad_out, x, scale),
-            lambda: torch.ops.varkern.modulated_layer_norm_backward(grad_out, x, scale, statistics, ctx.backend),
-        )
-        return (*grads, None, None)
-
-
-autograd("modulated_layer_norm", _ModulatedLayerNorm.apply)
+    return _rounded(x, scale, *grads)

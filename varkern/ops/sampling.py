@@ -11,25 +11,9 @@ import math
 import torch
 from torch import Tensor
 
-from varkern.ops._library import (
-    DTYPE_CODES,
-    Op,
-    check_floats,
-    check_integer,
-    check_number,
-    cpu_why_not,
-    cuda_why_not,
-    current_backend,
-    dense_last_axis,
-    device_guard,
-    dtype_why_not,
-    extension,
-    fake,
-    impl,
-    library,
-    stream,
-    transformed,
-)
+from varkern.ops._op import Op
+from varkern.ops.backends import DTYPE_CODES, dense_last_axis, dtype_why_not, extension, stream, transformed
+from varkern.ops.checks import check_device
 
 __all__ = [
     "draw_noise",
@@ -42,6 +26,22 @@ __all__ = [
 ]
 
 _MAX_V = 1 << 24  # as many categories as torch.multinomial takes
+
+
+def _example_filter(device: torch.device, dtype: torch.dtype) -> tuple[Tensor | float | None, ...]:
+    return torch.zeros(2, 4, 64, device=device, dtype=dtype), 1.5, 3, 0.9
+
+
+def _example(device: torch.device, dtype: torch.dtype) -> tuple[Tensor | float | None, ...]:
+    logits, *settings = _example_filter(device, dtype)
+    return logits, torch.ones(4, 64, dtype=torch.float32, device=device), *settings
+
+
+_PARAMETERS = "float? guidance, int top_k, float top_p"
+_OP = Op(
+    f"sample_tokens(Tensor logits, Tensor noise, {_PARAMETERS}) -> Tensor", ("cuda", "cpu"), _example, detached=True
+)
+_FILTER = Op(f"filter_logits(Tensor logits, {_PARAMETERS}) -> Tensor", ("cpu",), _example_filter, detached=True)
 
 
 def guided_logits_reference(logits: Tensor, guidance: float | Tensor) -> Tensor:
@@ -133,18 +133,17 @@ def sample_tokens(
     has no distribution (NaN, +inf, or -inf alone), as ``torch.multinomial`` does. Only the CPU looks: on CUDA, where
     looking would wait for the device, such a row gives some token in [0, V).
     """
-    _check_arguments("sample_tokens", logits, guidance, top_k, top_p)
     if not isinstance(noise, Tensor):
+        # Before the generator's state changes.
+        _OP.check_types((logits, logits, guidance, top_k, top_p))
+        _check_parameters(logits, guidance, top_k, top_p)
         if noise is not None and not isinstance(noise, torch.Generator):
             raise TypeError(f"sample_tokens: noise is {type(noise).__name__}, give a tensor, a generator or None.")
         if noise is not None and noise.device.type != logits.device.type:
             raise ValueError(f"sample_tokens: noise is a generator on {noise.device} and logits on {logits.device}.")
         B, n, V = _shape(logits, guidance)
         noise = draw_noise(B * n, V, logits.device, noise)
-    if transformed():
-        _check_noise(logits, noise, guidance)
-        return _draw_reference(logits.detach(), noise, guidance, top_k, top_p)
-    return torch.ops.varkern.sample_tokens(logits.detach(), noise, guidance, top_k, top_p, current_backend())
+    return _OP(logits, noise, guidance, top_k, top_p)
 
 
 def filter_logits(logits: Tensor, guidance: float | None = None, top_k: int = 0, top_p: float = 0.0) -> Tensor:
@@ -157,10 +156,7 @@ def filter_logits(logits: Tensor, guidance: float | None = None, top_k: int = 0,
 
     without its sort; on other devices that itself. NaN is passed on. There is no gradient.
     """
-    _check_arguments("filter_logits", logits, guidance, top_k, top_p)
-    if transformed():
-        return _filter_reference(logits.detach(), guidance, top_k, top_p)
-    return torch.ops.varkern.filter_logits(logits.detach(), guidance, top_k, top_p, current_backend())
+    return _FILTER(logits, guidance, top_k, top_p)
 
 
 def _shape(logits: Tensor, guidance: float | None) -> tuple[int, int, int]:
@@ -169,16 +165,8 @@ def _shape(logits: Tensor, guidance: float | None) -> tuple[int, int, int]:
     return B if guidance is None else B // 2, n, V
 
 
-def _check_arguments(op: str, logits: Tensor, guidance: float | None, top_k: int, top_p: float) -> None:
-    if guidance is not None:
-        check_number(op, "guidance", guidance)
-    check_integer(op, "top_k", top_k)
-    check_number(op, "top_p", top_p, finite=False)
-    _check_parameters(logits, guidance, top_k, top_p)
-
-
+@_FILTER.check
 def _check_parameters(logits: Tensor, guidance: float | None, top_k: int, top_p: float) -> None:
-    check_floats("token sampling", ("logits",), (logits,))
     if logits.dim() != 3 or not 0 < logits.shape[2] <= _MAX_V:
         raise ValueError(
             f"token sampling: logits have shape {tuple(logits.shape)}, give (B, n, V) with V from 1 to {_MAX_V}."
@@ -196,16 +184,16 @@ def _check_parameters(logits: Tensor, guidance: float | None, top_k: int, top_p:
         raise ValueError(f"token sampling: top_p is {top_p}, give a number in [0, 1] (0: off).")
 
 
-def _check_noise(logits: Tensor, noise: Tensor, guidance: float | None) -> None:
-    check_floats("sample_tokens", ("noise",), (noise,))
+@_OP.check
+def _check(logits: Tensor, noise: Tensor, guidance: float | None, top_k: int, top_p: float) -> None:
+    _check_parameters(logits, guidance, top_k, top_p)
     B, n, V = _shape(logits, guidance)
     if noise.shape != (B * n, V) or noise.dtype != torch.float32:
         raise ValueError(
             f"sample_tokens: noise is {noise.dtype} {tuple(noise.shape)}, give torch.float32 {(B * n, V)} for logits "
             f"of shape {tuple(logits.shape)} {'without' if guidance is None else 'with'} guidance."
         )
-    if noise.device != logits.device:
-        raise ValueError(f"sample_tokens: noise is on {noise.device} and logits on {logits.device}, use one device.")
+    check_device("sample_tokens", "logits", logits, noise=noise)
 
 
 def _raise_without_distribution(row: int, n: int) -> None:
@@ -215,6 +203,7 @@ def _raise_without_distribution(row: int, n: int) -> None:
     )
 
 
+@_FILTER.reference
 def _filter_reference(logits: Tensor, guidance: float | None, top_k: int, top_p: float) -> Tensor:
     """The reference ops: (B, n, V) float32."""
     logits = logits.to(torch.float32, copy=guidance is None)  # the filter works in place
@@ -223,6 +212,7 @@ def _filter_reference(logits: Tensor, guidance: float | None, top_k: int, top_p:
     return filter_logits_reference_(logits, top_k, top_p)
 
 
+@_OP.reference
 def _draw_reference(logits: Tensor, noise: Tensor, guidance: float | None, top_k: int, top_p: float) -> Tensor:
     """The reference ops with noise that has been drawn; (B, n) int64."""
     p = _filter_reference(logits, guidance, top_k, top_p).softmax(dim=-1)
@@ -240,51 +230,36 @@ def _rows(logits: Tensor, guidance: float | None, rows: Tensor) -> Tensor:
     return chosen.unsqueeze(1)
 
 
-def _why_not_cuda(logits: Tensor, *_: object) -> str | None:
-    return cuda_why_not(logits) or dtype_why_not(logits)
+@_OP.limits
+@_FILTER.limits
+def _limits(backend: str, logits: Tensor, *_: object) -> str | None:
+    return dtype_why_not(logits)
 
 
-def _why_not_cpu(logits: Tensor, *_: object) -> str | None:
-    return cpu_why_not(logits) or dtype_why_not(logits)
+@_OP.empty
+def _empty(logits: Tensor, noise: Tensor, guidance: float | None, top_k: int, top_p: float) -> Tensor:
+    return logits.new_empty(_shape(logits, guidance)[:2], dtype=torch.int64)
 
 
-def _example(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    noise = torch.ones(4, 64, dtype=torch.float32, device=device)
-    return torch.zeros(2, 4, 64, device=device, dtype=dtype), noise
+@_FILTER.empty
+def _empty_filter(logits: Tensor, guidance: float | None, top_k: int, top_p: float) -> Tensor:
+    return logits.new_empty(_shape(logits, guidance), dtype=torch.float32)
 
 
-_OP = Op("sample_tokens", {"cuda": _why_not_cuda, "cpu": _why_not_cpu}, _example)
-_FILTER_OP = Op("filter_logits", {"cpu": _why_not_cpu}, lambda device, dtype: _example(device, dtype)[:1])
-
-library.define(
-    "sample_tokens(Tensor logits, Tensor noise, float? guidance, int top_k, float top_p, str? backend) -> Tensor"
-)
-library.define("filter_logits(Tensor logits, float? guidance, int top_k, float top_p, str? backend) -> Tensor")
-
-
-@impl("sample_tokens")
-def _sample_tokens(
-    logits: Tensor, noise: Tensor, guidance: float | None, top_k: int, top_p: float, backend: str | None
-) -> Tensor:
-    _check_parameters(logits, guidance, top_k, top_p)
-    _check_noise(logits, noise, guidance)
-    backend = _OP.choose(backend, logits.device.type, logits)
+@_OP.kernels
+def _launch(backend: str, logits: Tensor, noise: Tensor, guidance: float | None, top_k: int, top_p: float) -> Tensor:
+    tokens = _empty(logits, noise, guidance, top_k, top_p)
+    if tokens.numel() == 0:
+        return tokens
     B, n, V = _shape(logits, guidance)
-    if B * n == 0:
-        return logits.new_empty((B, n), dtype=torch.int64)
-    if backend == "reference":
-        return _draw_reference(logits, noise, guidance, top_k, top_p)
-
     logits, noise = dense_last_axis(logits), noise.contiguous()
-    tokens = logits.new_empty((B, n), dtype=torch.int64)
     status = torch.zeros(2, dtype=torch.int64, device="cpu")  # filled by the CPU's kernel alone
-    with device_guard(logits):
-        extension(backend).sample_tokens(
-            *(logits.data_ptr(), noise.data_ptr(), tokens.data_ptr(), status.data_ptr(), B, n, V),
-            *(logits.stride(0), logits.stride(1), top_k, guidance or 0.0, top_p),
-            *(DTYPE_CODES[logits.dtype], guidance is not None),
-            *stream(logits),
-        )
+    extension(backend).sample_tokens(
+        *(logits.data_ptr(), noise.data_ptr(), tokens.data_ptr(), status.data_ptr(), B, n, V),
+        *(logits.stride(0), logits.stride(1), top_k, guidance or 0.0, top_p),
+        *(DTYPE_CODES[logits.dtype], guidance is not None),
+        *stream(logits),
+    )
     undecided, without_distribution = status.tolist()
     if without_distribution:
         _raise_without_distribution(int((tokens.view(-1) == -2).nonzero()[0]), n)
@@ -295,24 +270,13 @@ def _sample_tokens(
     return tokens
 
 
-@fake("sample_tokens")
-def _fake(
-    logits: Tensor, noise: Tensor, guidance: float | None, top_k: int, top_p: float, backend: str | None
-) -> Tensor:
-    _check_parameters(logits, guidance, top_k, top_p)
-    _check_noise(logits, noise, guidance)
-    return logits.new_empty(_shape(logits, guidance)[:2], dtype=torch.int64)
-
-
-@impl("filter_logits")
-def _filter_logits(logits: Tensor, guidance: float | None, top_k: int, top_p: float, backend: str | None) -> Tensor:
-    _check_parameters(logits, guidance, top_k, top_p)
-    backend = _FILTER_OP.choose(backend, logits.device.type, logits)
-    if backend == "reference" or logits.numel() == 0:
-        return _filter_reference(logits, guidance, top_k, top_p)
+@_FILTER.kernels
+def _launch_filter(backend: str, logits: Tensor, guidance: float | None, top_k: int, top_p: float) -> Tensor:
+    out = _empty_filter(logits, guidance, top_k, top_p)
+    if out.numel() == 0:
+        return out
     logits = dense_last_axis(logits)
     B, n, V = _shape(logits, guidance)
-    out = logits.new_empty((B, n, V), dtype=torch.float32)
     undecided = logits.new_empty(B * n, dtype=torch.bool)
     extension(backend).filter_logits(
         *(logits.data_ptr(), out.data_ptr(), undecided.data_ptr(), B, n, V, logits.stride(0), logits.stride(1)),
@@ -321,9 +285,3 @@ def _filter_logits(logits: Tensor, guidance: float | None, top_k: int, top_p: fl
     if (rows := undecided.nonzero().view(-1)).numel():
         out.view(B * n, V)[rows] = _filter_reference(_rows(logits, guidance, rows), guidance, top_k, top_p).squeeze(1)
     return out
-
-
-@fake("filter_logits")
-def _fake_filter(logits: Tensor, guidance: float | None, top_k: int, top_p: float, backend: str | None) -> Tensor:
-    _check_parameters(logits, guidance, top_k, top_p)
-    return logits.new_empty(_shape(logits, guidance), dtype=torch.float32)

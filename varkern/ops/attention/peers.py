@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from varkern._kept import kept
-from varkern.ops.attention_reference import block_causal_attention_reference, scales_of
+from varkern.ops.attention.reference import block_causal_attention_reference, scales_of
 
 # "varkern" is ours, varkern.ops.block_causal_attention.
 ATTENTIONS = ("varkern", "sdpa", "flex", "flash")

@@ -1,6 +1,6 @@
-"""The operator library ``varkern``: registration, backends and the override.
+"""The backends of the ops: which there are, which is asked for, and why one cannot serve.
 
-Every op is registered in one ``torch.library.Library`` with a schema string, and computed by one of its backends:
+Every op is computed by one of its backends:
 
 =============  =====================================================================
 ``reference``  plain PyTorch, what the eager model runs; always there, on every device
@@ -17,38 +17,31 @@ some of its ops have no Triton kernel; ``explain`` and ``python -m varkern.info`
 Within a transform of ``torch.func`` (``grad``, ``vjp``, ``jvp``, ``vmap``, ``jacrev``, ...) and in forward-mode
 differentiation every op is its reference, whatever was asked for: slower than a kernel, but plain PyTorch has the
 derivatives of any order and all batching rules. Ops for inference have no gradient there either. (An
-``autograd.Function`` that those transforms take costs every call more, also the ordinary ones: ``apply`` then binds the
-arguments to a signature.)
+``autograd.Function`` that those transforms take, with ``setup_context``, costs every call more, also the ordinary ones:
+``apply`` then binds the arguments to a signature.)
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import os
-import sys
 import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType, TracebackType
-from typing import Any, ClassVar, TypeVar
+from typing import Any
 
-import numpy as np
 import torch
 from torch.autograd import forward_ad
 
-__all__ = ["BACKENDS", "Op", "current_backend", "explain", "reference_forced", "use_backend"]
-
-_Function = TypeVar("_Function", bound=Callable[..., Any])
+__all__ = ["BACKENDS", "current_backend", "reference_forced", "use_backend"]
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 # Element types the kernels take, with the codes of csrc/ops/arguments.h.
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-
-library = torch.library.Library("varkern", "DEF")
 
 
 def _checked(name: str | None, source: str) -> str | None:
@@ -167,7 +160,7 @@ def _runs_on(architectures: Sequence[str], capability: tuple[int, int]) -> bool:
 
 
 @functools.cache
-def _warn_where_unbuilt() -> None:
+def warn_where_unbuilt() -> None:
     """Once a process: a checkout that was not built may lie in front of the installation that was."""
     root = Path(__file__).resolve().parents[2]
     reason = load("varkern._C")[1]
@@ -225,106 +218,6 @@ def triton_why_not(tensor: torch.Tensor) -> str | None:
     return None
 
 
-# Which backends are tried for tensors of a device, in this order. Interpreted Triton kernels serve CPU tensors too, but
-# they are slower than the reference and run only where they are asked for by name.
-_AUTOMATIC = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
-
-
-class Op:
-    """One op: its name and its fast backends.
-
-    ``why_not`` maps each backend to a function of the op's arguments that says why it cannot serve the call (a clause
-    without a full stop), or ``None`` when it can. The reference serves everything, after all others.
-    ``example`` gives arguments for a device and a dtype, for ``python -m varkern.info``.
-    """
-
-    registry: ClassVar[dict[str, Op]] = {}
-
-    def __init__(
-        self,
-        name: str,
-        why_not: Mapping[str, Callable[..., str | None]],
-        example: Callable[[torch.device, torch.dtype], tuple[torch.Tensor, ...]],
-    ) -> None:
-        self.name = name
-        self.why_not = dict(why_not)
-        self.example = example
-        Op.registry[name] = self
-
-    def choose(self, backend: str | None, device: str, *args: object) -> str:
-        """The backend that computes a call on tensors of a device type; ``backend`` is the override in force.
-
-        Raises ``RuntimeError`` where the override names a backend of this op that cannot serve.
-        """
-        if backend == "reference":
-            return backend
-        if backend in self.why_not:
-            reason = self.why_not[backend](*args)
-            if reason is None:
-                return backend
-            raise RuntimeError(
-                f"The backend {backend!r} cannot run {self.name}: {reason}. "
-                f"Leave VARKERN_BACKEND and use_backend unset to choose freely, or name another backend."
-            )
-        for name in _AUTOMATIC.get(device, ()):
-            if name in self.why_not and self.why_not[name](*args) is None:
-                return name
-        if device == "cpu" and backend is None and "cpu" in self.why_not:
-            _warn_where_unbuilt()
-        return "reference"
-
-
-def explain(op: str, *args: object) -> dict[str, str | None]:
-    """For each backend of an op, why it cannot serve a call with these arguments, or ``None``: it can.
-
-    >>> explain("modulated_layer_norm", x, scale, shift)
-    {'cuda': 'the tensors are on cpu, not on a CUDA device', 'triton': ..., 'cpu': None, 'reference': None}
-    """
-    if op not in Op.registry:
-        raise ValueError(f"There is no op {op!r}: name one of {', '.join(sorted(Op.registry))}.")
-    return {name: why_not(*args) for name, why_not in Op.registry[op].why_not.items()} | {"reference": None}
-
-
-def needs_gradient(*tensors: torch.Tensor) -> bool:
-    """Whether a call has to enter autograd: to record a gradient, or to refuse forward-mode differentiation."""
-    if forward_ad._current_level >= 0:
-        return True
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-
-
-class _OnceDifferentiable(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(op: str, differentiable: torch.Tensor, *grads: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(grad.view_as(grad) for grad in grads)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-        ctx.op = inputs[0]
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        raise RuntimeError(
-            f"{ctx.op} has no second derivative: compute the first one under varkern.use_backend('reference')."
-        )
-
-
-def once_differentiable(
-    op: str, inputs: Sequence[torch.Tensor], compute: Callable[[], tuple[torch.Tensor, ...]]
-) -> tuple[torch.Tensor, ...]:
-    """The gradients that ``compute`` gives in a backward pass; differentiating them again raises.
-
-    ``torch.autograd.function.once_differentiable`` lets them pass as constants where the incoming gradient is one.
-    """
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return compute()
-    with torch.no_grad():
-        grads = compute()
-    differentiable = next(tensor for tensor in inputs if tensor.requires_grad)
-    return _OnceDifferentiable.apply(op, differentiable, *grads)
-
-
 def dtype_why_not(*tensors: torch.Tensor) -> str | None:
     """Why the kernels cannot take these dtypes, or ``None``."""
     for tensor in tensors:
@@ -333,63 +226,9 @@ def dtype_why_not(*tensors: torch.Tensor) -> str | None:
     return None
 
 
-_Tensor, _strided = torch.Tensor, torch.strided  # looked up once: every call asks for them
-_FLOATING = frozenset((*DTYPE_CODES, torch.float64))
-_INTEGERS = (int, np.integer, torch.SymInt)
-_NUMBERS = (*_INTEGERS, float, np.floating, torch.SymFloat)
-_LARGEST = sys.float_info.max
-
-
-def check_tensors(op: str, names: Sequence[str], tensors: Sequence[object], optional: bool = False) -> None:
-    """Raises ``TypeError`` for what is no tensor, unless it is optional and None, ``ValueError`` for a sparse one."""
-    for name, tensor in zip(names, tensors, strict=True):
-        if isinstance(tensor, torch.Tensor):
-            if tensor.layout is not torch.strided:
-                raise ValueError(f"{op}: {name} is a {tensor.layout} tensor, give a dense one.")
-        elif tensor is not None or not optional:
-            raise TypeError(f"{op}: {name} is {type(tensor).__name__}, give a tensor.")
-
-
-def check_floats(op: str, names: Sequence[str], tensors: Sequence[object], optional: bool = False) -> None:
-    """As ``check_tensors``, and ``ValueError`` for another dtype than float16, bfloat16, float32 and float64."""
-    for name, tensor in zip(names, tensors, strict=True):
-        if isinstance(tensor, _Tensor):
-            if tensor.dtype not in _FLOATING:
-                raise ValueError(f"{op}: {name} is {tensor.dtype}, give a floating-point tensor of 16, 32 or 64 bits.")
-            if tensor.layout is not _strided:
-                raise ValueError(f"{op}: {name} is a {tensor.layout} tensor, give a dense one.")
-        elif tensor is not None or not optional:
-            raise TypeError(f"{op}: {name} is {type(tensor).__name__}, give a tensor.")
-
-
-def check_integer(op: str, name: str, value: object) -> None:
-    """Raises ``TypeError`` for what is no integer."""
-    if not isinstance(value, _INTEGERS):
-        raise TypeError(f"{op}: {name} is {value!r}, give an integer.")
-
-
-def check_truth(op: str, name: str, value: object) -> None:
-    """Raises ``TypeError`` for what is neither True nor False."""
-    if not isinstance(value, bool | np.bool_):
-        raise TypeError(f"{op}: {name} is {value!r}, give True or False.")
-
-
-def check_number(op: str, name: str, value: Any, finite: bool = True) -> None:
-    """Raises ``TypeError`` for what is no number, ``ValueError`` for NaN, infinity and what no float can hold."""
-    if not isinstance(value, _NUMBERS):
-        raise TypeError(f"{op}: {name} is {value!r}, give a number.")
-    if finite and not -_LARGEST <= value <= _LARGEST:
-        raise ValueError(f"{op}: {name} is {value}, give a finite number.")
-
-
 def dense_last_axis(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor itself where its last axis is contiguous, as the kernels need it, else a contiguous copy."""
     return tensor if tensor.stride(-1) == 1 or tensor.size(-1) == 1 else tensor.contiguous()
-
-
-def device_guard(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
-    """Make the tensor's CUDA device current, which launches need; nothing for a CPU tensor."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 def extension(backend: str) -> Any:
@@ -398,49 +237,16 @@ def extension(backend: str) -> Any:
 
 
 @functools.cache
-def kernels(module: str) -> Any:
+def triton_kernels(module: str) -> Any:
     """The module ``varkern.kernels.<module>``, after ``choose`` has found triton there."""
     return importlib.import_module(f"varkern.kernels.{module}")
+
+
+def pointer(tensor: torch.Tensor | None) -> int:
+    """Its address; 0 for a tensor that is not there."""
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def stream(tensor: torch.Tensor) -> tuple[int, ...]:
     """The last argument of a CUDA launch, the current stream; empty for a CPU tensor."""
     return (torch.cuda.current_stream(tensor.device).cuda_stream,) if tensor.is_cuda else ()
-
-
-def impl(name: str) -> Callable[[_Function], _Function]:
-    """Register the function that computes an op on real tensors, below autograd, whatever their device."""
-
-    def register(function: _Function) -> _Function:
-        library.impl(name, function, "CompositeExplicitAutograd")
-        return function
-
-    return register
-
-
-def fake(name: str) -> Callable[[_Function], _Function]:
-    """Register the function that says an op's result shapes and dtypes to the compiler."""
-
-    def register(function: _Function) -> _Function:
-        torch.library.register_fake(f"varkern::{name}", function, lib=library)
-        return function
-
-    return register
-
-
-def autograd(name: str, differentiable: Callable[..., Any]) -> None:
-    """Send direct calls of an op that need a gradient to ``differentiable``, the ``apply`` of its autograd function."""
-
-    def register(keys: Any, *args: Any) -> Any:
-        if needs_gradient(*(arg for arg in args if isinstance(arg, torch.Tensor))):
-            if transformed():
-                raise RuntimeError(
-                    f"torch.ops.varkern.{name} has no derivative within a transform of torch.func or in forward mode: "
-                    "call the function of varkern.ops that it serves, which has, or has a sentence why not."
-                )
-            return differentiable(*args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keys & torch._C._after_autograd_keyset, *args)
-
-    op = getattr(torch.ops.varkern, name).default
-    library.impl(name, register, "Autograd", with_keyset=True)

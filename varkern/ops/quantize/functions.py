@@ -17,59 +17,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from varkern.ops._library import (
-    check_floats,
-    check_in_place,
-    check_number,
-    current_backend,
-    needs_gradient,
-    reference_forced,
-)
-from varkern.ops.quantize_checks import (
-    check_features,
-    check_indices,
-    check_range,
+from varkern.ops._op import needs_gradient
+from varkern.ops.backends import check_in_place, reference_forced
+from varkern.ops.checks import check_floats, check_number
+from varkern.ops.quantize.checks import (
     check_sizes,
-    check_step,
     flat_sizes,
 )
-from varkern.ops.quantize_operators import dequantize, quantize
-from varkern.ops.quantize_reference import (
-    AnyPhi,
+from varkern.ops.quantize.operators import DEQUANTIZE, QUANTIZE, STEP, TEACHER
+from varkern.ops.quantize.reference import (
     Phi,
     Size,
     code_maps_reference,
-    growing_dequantize_reference,
-    nearest_code_reference,
     next_scale_input_reference,
-    phi_reference,
     residual_dequantize_reference,
-    residual_quantize_backward_reference,
     residual_quantize_reference,
     residual_quantize_train_reference,
     teacher_forcing_input_reference,
 )
 
 __all__ = [
-    "AnyPhi",
-    "Phi",
-    "Size",
-    "code_maps_reference",
-    "growing_dequantize_reference",
     "maps_as_codes",
-    "nearest_code_reference",
     "next_scale_input",
-    "next_scale_input_reference",
-    "phi_reference",
     "residual_dequantize",
-    "residual_dequantize_reference",
     "residual_quantize",
-    "residual_quantize_backward_reference",
-    "residual_quantize_reference",
     "residual_quantize_train",
-    "residual_quantize_train_reference",
     "teacher_forcing_input",
-    "teacher_forcing_input_reference",
 ]
 
 
@@ -101,12 +74,11 @@ def residual_quantize(
     with torch.no_grad():
         features, codebook = _float32("residual_quantize", features=features, codebook=codebook)
         bank = _stack("residual_quantize", phis, sizes, codebook)
+        arguments = (features, codebook, *bank, cosine, all_f_hats)
         if reference_forced():
-            check_features("residual_quantize", features, codebook, *bank)
+            QUANTIZE.validate(*arguments)
             return residual_quantize_reference(features, codebook, phis, sizes, cosine, all_f_hats)
-        f_hats, indices = torch.ops.varkern.residual_quantize(
-            features, codebook, *bank, cosine, all_f_hats, current_backend()
-        )
+        f_hats, indices = QUANTIZE.call(*arguments)
     return list(indices.split([h * w for h, w in sizes], dim=1)), list(f_hats.unbind(0))
 
 
@@ -127,11 +99,12 @@ def residual_quantize_train(
     check_number("residual_quantize_train", "beta", beta)
     features, codebook = _float32("residual_quantize_train", features=features, codebook=codebook)
     bank = _stack("residual_quantize_train", phis, sizes, codebook)
-    if reference_forced():
-        check_features("residual_quantize_train", features, codebook, *bank)
-        return residual_quantize_train_reference(features, codebook, phis, sizes, beta, cosine)
     target = features.detach()
-    f_hats, indices = quantize(target, codebook, *bank, cosine, True, current_backend())
+    arguments = (target, codebook, *bank, cosine, True)
+    if reference_forced():
+        QUANTIZE.validate(*arguments)
+        return residual_quantize_train_reference(features, codebook, phis, sizes, beta, cosine)
+    f_hats, indices = QUANTIZE.call(*arguments)
     loss = F.mse_loss(f_hats, target.expand_as(f_hats))
     if beta:
         loss = loss + beta * F.mse_loss(features.expand_as(f_hats), f_hats.detach())
@@ -151,11 +124,11 @@ def residual_dequantize(
     (codebook,) = _float32("residual_dequantize", codebook=codebook)
     bank = _stack("residual_dequantize", phis, sizes, codebook)
     check_sizes("residual_dequantize", flat_sizes("residual_dequantize", [size]))
+    arguments = (indices, codebook, *bank, *size)
     if reference_forced():
-        check_indices("residual_dequantize", indices, codebook, bank[0], bank[1], bank[3], bank[4])
-        check_range("residual_dequantize", indices, codebook.size(0))
+        DEQUANTIZE.validate(*arguments)
         return residual_dequantize_reference(code_maps_reference(indices, codebook, sizes), phis, size)
-    return list(dequantize(indices, codebook, *bank, *size, current_backend()).unbind(0))
+    return list(DEQUANTIZE.call(*arguments).unbind(0))
 
 
 def maps_as_codes(maps: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[Size]]:
@@ -185,12 +158,12 @@ def teacher_forcing_input(indices: Tensor, codebook: Tensor, phis: Sequence[Phi]
                 f"indices, at least 1 and at most {len(sizes) - 1}."
             )
         bank = _stack("teacher_forcing_input", phis, sizes[: len(phis)], codebook)
+        arguments = (indices, codebook, *bank[:4], flat)
         if reference_forced():
-            check_indices("teacher_forcing_input", indices, codebook, bank[0], bank[1], bank[3], bank[4])
-            check_range("teacher_forcing_input", indices, codebook.size(0))
+            TEACHER.validate(*arguments)
             maps = code_maps_reference(indices, codebook, sizes[: len(phis)])
             return teacher_forcing_input_reference(maps, phis, sizes)
-        return torch.ops.varkern.teacher_forcing_input(indices, codebook, *bank[:4], flat, current_backend())
+        return TEACHER.call(*arguments)
 
 
 def next_scale_input(f_hat: Tensor, codes: Tensor, phi: Phi, following: Size | None) -> tuple[Tensor, Tensor]:
@@ -203,7 +176,8 @@ def next_scale_input(f_hat: Tensor, codes: Tensor, phi: Phi, following: Size | N
         raise TypeError(f"next_scale_input: phi is {phi!r}, give a Phi(weight, bias, ratio).")
     weights = () if phi.weight is None or phi.bias is None else (phi.weight, phi.bias)
     size = [] if following is None else flat_sizes("next_scale_input", [following])
-    check_step(f_hat, codes, phi.weight, phi.bias, size)
+    arguments = (f_hat, codes, phi.weight, phi.bias, phi.ratio, size)
+    STEP.validate(*arguments)
     if reference_forced() or needs_gradient(f_hat, codes, *weights):
         check_in_place("next_scale_input", "f_hat", f_hat, codes, *weights)
         if f_hat.requires_grad and f_hat.is_leaf and torch.is_grad_enabled():
@@ -212,9 +186,7 @@ def next_scale_input(f_hat: Tensor, codes: Tensor, phi: Phi, following: Size | N
                 "f_hat.clone(), or call it under torch.no_grad()."
             )
         return next_scale_input_reference(f_hat, codes, phi, following)
-    out = torch.ops.varkern.next_scale_input(
-        f_hat, codes, *(weights or (None, None)), phi.ratio, size, current_backend()
-    )
+    out = STEP.call(*arguments)
     return f_hat, f_hat if following is None else out
 
 

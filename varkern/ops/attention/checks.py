@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from varkern.ops._library import check_floats
+from varkern.ops.checks import check_device, check_floats
 
 
 def scale_lengths(
@@ -38,7 +38,6 @@ def check_lengths(op: str, lengths: Sequence[int], L: int) -> None:
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
-    check_floats("block_causal_attention", ("q", "k", "v"), (q, k, v))
     if q.dim() != 4 or 0 in q.shape[1:]:
         raise ValueError(f"block_causal_attention: q has shape {tuple(q.shape)}, give (B, H, L, D) with H, L, D > 0.")
     for name, tensor in (("k", k), ("v", v)):
@@ -50,9 +49,6 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def check_projection(qkv: Tensor, q_bias: Tensor | None, v_bias: Tensor | None, log_scale: Tensor | None) -> None:
-    op, names = "block_causal_attention_qkv", ("q_bias", "v_bias", "log_scale")
-    check_floats(op, ("qkv",), (qkv,))
-    check_floats(op, names, (q_bias, v_bias, log_scale), optional=True)
     if qkv.dim() != 5 or qkv.size(2) != 3 or 0 in qkv.shape[1:]:
         raise ValueError(
             f"block_causal_attention_qkv: qkv has shape {tuple(qkv.shape)}, give (B, L, 3, H, D) with L, H, D > 0."
@@ -66,10 +62,7 @@ def check_projection(qkv: Tensor, q_bias: Tensor | None, v_bias: Tensor | None, 
                 f"block_causal_attention_qkv: {name} has shape {tuple(tensor.shape)}, give {numel} elements for "
                 f"{H} heads of {D}."
             )
-        if tensor.device != qkv.device:
-            raise ValueError(
-                f"block_causal_attention_qkv: {name} is on {tensor.device} and qkv on {qkv.device}, use one device."
-            )
+    check_device("block_causal_attention_qkv", "qkv", qkv, q_bias=q_bias, v_bias=v_bias, log_scale=log_scale)
 
 
 def check_saved(
@@ -85,29 +78,3 @@ def check_saved(
                 f"{op}: {name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, give {dtype} {size} on "
                 f"{like.device}."
             )
-
-
-def check_backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, statistics: Tensor, lengths: Sequence[int]
-) -> None:
-    op = "block_causal_attention_backward"
-    check_qkv(q, k, v)
-    check_lengths(op, lengths, q.size(2))
-    check_saved(op, q, q.shape, statistics, q.shape[:3], grad_out=grad_out, out=out)
-
-
-def check_qkv_backward(
-    grad_out: Tensor,
-    qkv: Tensor,
-    q_bias: Tensor | None,
-    v_bias: Tensor | None,
-    log_scale: Tensor | None,
-    out: Tensor,
-    statistics: Tensor,
-    lengths: Sequence[int],
-) -> None:
-    op = "block_causal_attention_qkv_backward"
-    check_projection(qkv, q_bias, v_bias, log_scale)
-    B, L, _, H, D = qkv.shape
-    check_lengths(op, lengths, L)
-    check_saved(op, qkv, (B, L, H, D), statistics, (B, H, L), grad_out=grad_out, out=out)

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from varkern.ops._library import check_floats, check_tensors, transformed
-from varkern.ops.quantize_reference import Size
+from varkern.ops.backends import transformed
+from varkern.ops.quantize.reference import Size
 
 _MAX_SIDE = 1 << 15  # of a map: its number of positions, times a batch and Cv, is far from overflowing
 
@@ -36,7 +36,6 @@ def check_codes(
     phi_of_scale: Sequence[int],
     sizes: Sequence[int],
 ) -> None:
-    check_floats(op, ("codebook", "phi", "phi's bias"), (codebook, phi_weight, phi_bias))
     if codebook.dim() != 2 or codebook.size(0) == 0 or codebook.size(0) > 2**30:
         raise ValueError(f"{op}: codebook has shape {tuple(codebook.shape)}, give (V, Cv) with 1 to 2^30 codes.")
     n, Cv = phi_weight.shape[0] if phi_weight.dim() else -1, codebook.size(1)
@@ -70,7 +69,6 @@ def check_features(
     phi_of_scale: Sequence[int],
     sizes: Sequence[int],
 ) -> None:
-    check_floats(op, ("features",), (features,))
     check_codes(op, codebook, phi_weight, phi_bias, phi_of_scale, sizes)
     if features.dim() != 4 or features.size(1) != codebook.size(1) or not _sides(features):
         raise ValueError(
@@ -92,7 +90,6 @@ def check_indices(
     phi_of_scale: Sequence[int],
     sizes: Sequence[int],
 ) -> None:
-    check_tensors(op, ("indices",), (indices,))
     check_codes(op, codebook, phi_weight, phi_bias, phi_of_scale, sizes)
     expected = positions(sizes)
     if indices.dim() != 2 or indices.size(1) != expected:
@@ -119,8 +116,6 @@ def check_step(
     f_hat: Tensor, codes: Tensor, weight: Tensor | None, bias: Tensor | None, following: Sequence[int]
 ) -> None:
     op = "next_scale_input"
-    check_floats(op, ("f_hat", "codes"), (f_hat, codes))
-    check_floats(op, ("phi", "phi's bias"), (weight, bias), optional=True)
     if (weight is None) != (bias is None):
         raise ValueError(f"{op}: phi has a weight or a bias alone, give both, or None for both.")
     if following:
@@ -178,12 +173,12 @@ def check_backward(
     sizes: Sequence[int],
 ) -> None:
     op = "residual_quantize_backward"
-    check_floats(op, ("grad_f_hats",), (grad_f_hats,))
     check_indices(op, indices, codebook, phi_weight, phi_bias, phi_of_scale, sizes)
-    shape = (len(phi_of_scale), indices.size(0), codebook.size(1))
-    if grad_f_hats.dim() != 5 or grad_f_hats.shape[:3] != shape or 0 in grad_f_hats.shape[3:]:
+    K, shape = len(phi_of_scale), (indices.size(0), codebook.size(1))
+    given = grad_f_hats.dim() == 5 and grad_f_hats.size(0) in (1, K)
+    if not given or grad_f_hats.shape[1:3] != shape or 0 in grad_f_hats.shape[3:]:
         raise ValueError(
-            f"{op}: grad_f_hats have shape {tuple(grad_f_hats.shape)}, give ({', '.join(map(str, shape))}, H, W)."
+            f"{op}: grad_f_hats have shape {tuple(grad_f_hats.shape)}, give ({K} or 1, {shape[0]}, {shape[1]}, H, W)."
         )
     if grad_f_hats.dtype != torch.float32 or grad_f_hats.device != codebook.device:
         raise ValueError(

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from varkern._kept import kept
-from varkern.ops._library import DTYPE_CODES, device_guard, extension, kernels
-from varkern.ops.attention_reference import Prologue, backward_eager, forward_eager
+from varkern.ops.attention.reference import Prologue, backward_eager, forward_eager
+from varkern.ops.backends import DTYPE_CODES, extension, pointer, triton_kernels
 
 _CODES = {**DTYPE_CODES, torch.float64: 3}
 
@@ -19,10 +19,6 @@ def _lengths(lengths: tuple[int, ...]) -> Tensor:
 
 def _rows(*tensors: Tensor) -> list[int]:
     return [number for t in tensors for number in (t.data_ptr(), *t.stride()[:3])]
-
-
-def _pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _plain(prologue: Prologue, H: int, dtype: torch.dtype) -> Prologue:
@@ -52,16 +48,15 @@ def launch_forward(
     q = inputs[0]
     B, H, L, D = q.shape
     if backend == "triton":
-        with device_guard(q):
-            kernels("attention").block_causal_attention_forward(
-                *(*inputs, *_shaped(prologue, H), out, statistics[:2], _norms(prologue, statistics)),
-                *(lengths, softmax_scale),
-            )
+        triton_kernels("attention").block_causal_attention_forward(
+            *(*inputs, *_shaped(prologue, H), out, statistics[:2], _norms(prologue, statistics)),
+            *(lengths, softmax_scale),
+        )
         return
     prologue, table = _plain(prologue, H, statistics.dtype), _lengths(lengths)
     extension(backend).block_causal_attention_forward(
         *_rows(*inputs),
-        *map(_pointer, prologue),
+        *map(pointer, prologue),
         *(table.data_ptr(), len(lengths), B, H, L, D, L, _CODES[q.dtype], softmax_scale),
         *(*_rows(out), first.data_ptr(), second.data_ptr()),
     )
@@ -91,21 +86,19 @@ def launch_backward(
     q = inputs[0]
     B, H, L, D = q.shape
     if backend == "triton":
-        with device_guard(q):
-            kernels("attention").block_causal_attention_backward(
-                *(grad_out, *inputs, *_shaped(prologue, H), out, statistics[:2], _norms(prologue, statistics)),
-                *(*grads, *shares),
-                *(lengths, softmax_scale),
-            )
+        triton_kernels("attention").block_causal_attention_backward(
+            *(grad_out, *inputs, *_shaped(prologue, H), out, statistics[:2], _norms(prologue, statistics)),
+            *(*grads, *shares, lengths, softmax_scale),
+        )
         return
     prologue, table = _plain(prologue, H, statistics.dtype), _lengths(lengths)
     extension(backend).block_causal_attention_backward(
         *_rows(*inputs),
-        *map(_pointer, prologue),
+        *map(pointer, prologue),
         *(table.data_ptr(), len(lengths), B, H, L, D, L, _CODES[q.dtype], softmax_scale),
         *(*_rows(grad_out, out), first.data_ptr(), second.data_ptr()),
         *_rows(*grads),
-        *map(_pointer, shares),
+        *map(pointer, shares),
     )
 
 

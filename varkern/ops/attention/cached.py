@@ -9,34 +9,14 @@ tokens into memory taken once for a generation; the scales one after another giv
 
 from __future__ import annotations
 
-from typing import NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from varkern.ops._library import (
-    DTYPE_CODES,
-    Op,
-    autograd,
-    check_floats,
-    check_in_place,
-    check_integer,
-    check_number,
-    cpu_why_not,
-    cuda_why_not,
-    current_backend,
-    dense_last_axis,
-    device_guard,
-    dtype_why_not,
-    extension,
-    fake,
-    impl,
-    library,
-    needs_gradient,
-    reference_forced,
-    stream,
-)
-from varkern.ops.attention_reference import attention_reference, normalize_qk_reference
+from varkern.ops._op import Op
+from varkern.ops.attention.reference import attention_reference, normalize_qk_reference
+from varkern.ops.backends import DTYPE_CODES, dense_last_axis, dtype_why_not, extension, pointer, stream
 
 __all__ = ["cached_attention", "cached_attention_reference"]
 
@@ -48,6 +28,21 @@ _CUDA_WIDTHS = (32, 64, 128)  # of heads, that the CUDA kernels are compiled for
 _WARPS, _WARP_QUERIES, _MIN_KEYS = 1024, 16, 512
 
 
+def _example(device: torch.device, dtype: torch.dtype) -> tuple[Tensor | float | None, ...]:
+    qkv, cache = (torch.zeros(s, device=device, dtype=dtype) for s in ((1, 4, 3, 1, 64), (2, 1, 1, 8, 64)))
+    return qkv, cache, 4, None, None, None, 0.125
+
+
+_OP = Op(
+    "cached_attention(Tensor qkv, Tensor(a!) cache, SymInt position, Tensor? q_bias, Tensor? v_bias, "
+    "Tensor? log_scale, float softmax_scale) -> Tensor",
+    ("cuda", "cpu"),
+    _example,
+    no_gradient="train through block_causal_attention_qkv",
+)
+
+
+@_OP.reference
 def cached_attention_reference(
     qkv: Tensor,
     cache: Tensor,
@@ -101,25 +96,10 @@ def cached_attention(
     For inference: raises ``RuntimeError`` where a gradient would be recorded, or where the backend asked for cannot
     serve, ``ValueError`` for shapes, dtypes or devices that do not fit. Nothing is written then.
     """
-    check_integer("cached_attention", "position", position)
-    check_number("cached_attention", "softmax_scale", softmax_scale)
-    _check(qkv, cache, position, q_bias, v_bias, log_scale)
-    if needs_gradient(*(tensor for tensor in (qkv, cache, q_bias, v_bias, log_scale) if tensor is not None)):
-        _refuse_gradient()
-    prologue = q_bias, v_bias, log_scale
-    if reference_forced():
-        check_in_place("cached_attention", "cache", cache, qkv, *prologue)
-        return cached_attention_reference(qkv, cache, position, *prologue, softmax_scale)
-    return torch.ops.varkern.cached_attention(qkv, cache, position, *prologue, softmax_scale, current_backend())
+    return _OP(qkv, cache, position, q_bias, v_bias, log_scale, softmax_scale)
 
 
-def _refuse_gradient(*_: object) -> NoReturn:
-    raise RuntimeError(
-        "cached_attention has no gradient: call it under torch.no_grad() or torch.inference_mode(), or train through "
-        "block_causal_attention_qkv."
-    )
-
-
+@_OP.check
 def _check(
     qkv: Tensor,
     cache: Tensor,
@@ -127,9 +107,8 @@ def _check(
     q_bias: Tensor | None,
     v_bias: Tensor | None,
     log_scale: Tensor | None,
+    softmax_scale: float,
 ) -> None:
-    check_floats("cached_attention", ("qkv", "cache"), (qkv, cache))
-    check_floats("cached_attention", ("q_bias", "v_bias", "log_scale"), (q_bias, v_bias, log_scale), optional=True)
     if qkv.dim() != 5 or qkv.size(2) != 3 or 0 in qkv.shape[1:]:
         raise ValueError(f"cached_attention: qkv has shape {tuple(qkv.shape)}, give (B, n, 3, H, D) with n, H, D > 0.")
     B, n, _, H, D = qkv.shape
@@ -161,33 +140,32 @@ def _check(
             raise ValueError(f"cached_attention: {name} is on {tensor.device} and qkv on {qkv.device}, use one device.")
 
 
-def _why_not_cpu(qkv: Tensor, *_: object) -> str | None:
-    return cpu_why_not(qkv) or (None if qkv.dtype == torch.float64 else dtype_why_not(qkv))
+@_OP.limits
+def _limits(backend: str, qkv: Tensor, cache: Tensor | None = None, *_: object) -> str | None:
+    if backend == "cpu":
+        return None if qkv.dtype == torch.float64 else dtype_why_not(qkv)
+    if qkv.size(4) not in _CUDA_WIDTHS:
+        return f"heads are {qkv.size(4)} wide and its kernels take {', '.join(map(str, _CUDA_WIDTHS))}"
+    if cache is not None and cache.data_ptr() % 16:
+        return "cache begins at an address that is no multiple of 16 bytes, and its kernels write 16 bytes at a time"
+    return dtype_why_not(qkv)
 
 
-def _why_not_cuda(qkv: Tensor, cache: Tensor | None = None, *_: object) -> str | None:
-    reason = cuda_why_not(qkv) or dtype_why_not(qkv)
-    if reason is None and qkv.size(4) not in _CUDA_WIDTHS:
-        reason = f"heads are {qkv.size(4)} wide and its kernels take {', '.join(map(str, _CUDA_WIDTHS))}"
-    if reason is None and cache is not None and cache.data_ptr() % 16:
-        reason = "cache begins at an address that is no multiple of 16 bytes, and its kernels write 16 bytes at a time"
-    return reason
+@_OP.empty
+def _empty(qkv: Tensor, *rest: object) -> Tensor:
+    B, n, _, H, D = qkv.shape
+    return qkv.new_empty((B, n, H, D))
 
 
-def _example(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    return (torch.zeros(1, 4, 3, 1, 64, device=device, dtype=dtype),)
+@_OP.flops
+def _flops(a: Any) -> int:
+    B, n, _, H, D = a.qkv
+    return 4 * B * H * D * n * (a.position + n)
 
 
-_OP = Op("cached_attention", {"cuda": _why_not_cuda, "cpu": _why_not_cpu}, _example)
-
-library.define(
-    "cached_attention(Tensor qkv, Tensor(a!) cache, SymInt position, Tensor? q_bias, Tensor? v_bias, "
-    "Tensor? log_scale, float softmax_scale, str? backend) -> Tensor"
-)
-
-
-@impl("cached_attention")
-def _cached_attention(
+@_OP.kernels
+def _launch(
+    backend: str,
     qkv: Tensor,
     cache: Tensor,
     position: int,
@@ -195,12 +173,7 @@ def _cached_attention(
     v_bias: Tensor | None,
     log_scale: Tensor | None,
     softmax_scale: float,
-    backend: str | None,
 ) -> Tensor:
-    _check(qkv, cache, position, q_bias, v_bias, log_scale)
-    backend = _OP.choose(backend, qkv.device.type, qkv, cache)
-    if backend == "reference":
-        return cached_attention_reference(qkv, cache, position, q_bias, v_bias, log_scale, softmax_scale)
     B, n, _, H, D = qkv.shape
     out, q = qkv.new_empty((B, n, H, D)), qkv.new_empty((B, H, n, D))
     if B == 0:
@@ -214,13 +187,12 @@ def _cached_attention(
         splits = _splits(B * H, n, position + n)
         workspace = qkv.new_empty((splits, B * H * n, D + 2) if splits > 1 else 0, dtype=torch.float32)
         extra = workspace.data_ptr(), splits, *stream(qkv)
-    with device_guard(qkv):
-        extension(backend).cached_attention(
-            *(qkv.data_ptr(), *(0 if t is None else t.data_ptr() for t in prologue)),
-            *(cache.data_ptr(), q.data_ptr(), out.data_ptr(), B, n, H, D, cache.size(3), position),
-            *(qkv.stride(0), qkv.stride(1), qkv.stride(2), qkv.stride(3), _CODES[qkv.dtype], softmax_scale),
-            *extra,
-        )
+    extension(backend).cached_attention(
+        *(qkv.data_ptr(), *map(pointer, prologue)),
+        *(cache.data_ptr(), q.data_ptr(), out.data_ptr(), B, n, H, D, cache.size(3), position),
+        *(qkv.stride(0), qkv.stride(1), qkv.stride(2), qkv.stride(3), _CODES[qkv.dtype], softmax_scale),
+        *extra,
+    )
     return out
 
 
@@ -236,22 +208,3 @@ def _splits(heads: int, n: int, keys: int) -> int:
     """Into how many parts the CUDA kernels cut the keys."""
     warps = heads * -(-n // _WARP_QUERIES)
     return max(1, min(_WARPS // warps, keys // _MIN_KEYS))
-
-
-@fake("cached_attention")
-def _fake(
-    qkv: Tensor,
-    cache: Tensor,
-    position: int,
-    q_bias: Tensor | None,
-    v_bias: Tensor | None,
-    log_scale: Tensor | None,
-    softmax_scale: float,
-    backend: str | None,
-) -> Tensor:
-    _check(qkv, cache, position, q_bias, v_bias, log_scale)
-    B, n, _, H, D = qkv.shape
-    return qkv.new_empty((B, n, H, D))
-
-
-autograd("cached_attention", _refuse_gradient)

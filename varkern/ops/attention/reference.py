@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from varkern._kept import passing
-from varkern.ops._library import transformed
+from varkern.ops.backends import transformed
 
 MAX_LOG_TEMPERATURE = 4.605170185988092  # log 100
 NORM_FLOOR = 1e-12
