@@ -71,7 +71,7 @@ class TestMemory:
         recorder.failures = [torch.OutOfMemoryError("full")] * 2
         varkern.generate(var, 3, None)
         torch.manual_seed(3)
-        with pytest.warns(RuntimeWarning, match="generation of 3 could not be captured in a CUDA graph"):
+        with pytest.warns(RuntimeWarning, match="generation of 3 images could not be captured in a CUDA graph"):
             got = varkern.generate(var, 3, None)
         after = torch.get_rng_state()
         torch.manual_seed(3)
