@@ -26,8 +26,8 @@ ARCHITECTURES = (80, 90, 100)
 def kernel_modules() -> list[Any]:
     """The modules of ``varkern.kernels``, each with its list ``CASES``."""
     package = importlib.import_module("varkern.kernels")
-    names = [module.name for module in pkgutil.iter_modules(package.__path__)]
-    return [importlib.import_module(f"varkern.kernels.{name}") for name in names]
+    names = [module.name for module in pkgutil.walk_packages(package.__path__, "varkern.kernels.")]
+    return [importlib.import_module(name) for name in names]
 
 
 def compile_case(case: Any, architecture: int) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def cases() -> list[Any]:
 def entry_kernels() -> dict[str, str]:
     """Every function of ``kernels/*.py`` under ``@triton.jit`` whose name ends in ``_kernel``, and its file."""
     found = {}
-    for path in sorted((ROOT / "kernels").glob("*.py")):
+    for path in sorted((ROOT / "kernels").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if not isinstance(node, ast.FunctionDef):
                 continue
@@ -72,7 +72,7 @@ def entry_kernels() -> dict[str, str]:
 def launched() -> set[str]:
     """The names that ``kernels/*.py`` launches: ``name[grid](...)``."""
     names = set()
-    for path in (ROOT / "kernels").glob("*.py"):
+    for path in (ROOT / "kernels").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
                 names.add(ast.unparse(node.func.value))

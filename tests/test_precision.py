@@ -14,8 +14,8 @@ from torch import Tensor
 
 import varkern
 from varkern.ops import _precision, conv
-from varkern.ops.quantize import reference as quantize_reference
 from varkern.ops._precision import full_float32, full_float32_of
+from varkern.ops.quantize import reference as quantize_reference
 
 
 def tf32(tensor: Tensor) -> Tensor:

@@ -186,7 +186,8 @@ def tables() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
         "schedule": (quantize_operators._scales, ((1, 1, 11, 13), (0, 0))),
     }
     if load("triton")[0] is not None:
-        from varkern.kernels import attention_tiles, quantize_maps
+        from varkern.kernels.attention import tiles as attention_tiles
+        from varkern.kernels.quantize import maps as quantize_maps
 
         found |= {
             "tiles": (attention_tiles.to_device, (((0, 3), (3, 16)), cpu)),

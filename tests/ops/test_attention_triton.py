@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 attention: Any = pytest.importorskip("varkern.kernels.attention", reason="triton is not installed")
-forward: Any = pytest.importorskip("varkern.kernels.attention_forward")
-keys: Any = pytest.importorskip("varkern.kernels.attention_backward_keys")
-queries: Any = pytest.importorskip("varkern.kernels.attention_backward_queries")
-tiling: Any = pytest.importorskip("varkern.kernels.attention_tiles")
+forward: Any = pytest.importorskip("varkern.kernels.attention.forward")
+keys: Any = pytest.importorskip("varkern.kernels.attention.backward_keys")
+queries: Any = pytest.importorskip("varkern.kernels.attention.backward_queries")
+tiling: Any = pytest.importorskip("varkern.kernels.attention.tiles")
 
 pytestmark = pytest.mark.usefixtures("dot_in_one_order")
 

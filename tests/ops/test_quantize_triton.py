@@ -15,8 +15,8 @@ from torch import Tensor
 from varkern.ops.quantize import reference
 
 kernels: Any = pytest.importorskip("varkern.kernels.quantize", reason="triton is not installed")
-encode: Any = pytest.importorskip("varkern.kernels.quantize_encode")
-search: Any = pytest.importorskip("varkern.kernels.quantize_search")
+encode: Any = pytest.importorskip("varkern.kernels.quantize.encode")
+search: Any = pytest.importorskip("varkern.kernels.quantize.search")
 triton: Any = pytest.importorskip("triton")
 tl: Any = pytest.importorskip("triton.language")
 

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import Case
+from .. import Case
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 _LOG2_E_REST = tl.constexpr(1.925963033500e-8)  # what rounding log2(e) to float32 leaves

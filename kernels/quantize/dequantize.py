@@ -14,8 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from . import Case
-from .quantize_maps import (
+from .. import Case
+from .maps import (
     MAX_CHANNELS,
     PRECISION,
     Size,

@@ -19,8 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
-from . import Case
-from .quantize_maps import (
+from .. import Case
+from .maps import (
     MAX_CHANNELS,
     PRECISION,
     Size,
@@ -33,7 +33,7 @@ from .quantize_maps import (
     load_codes,
     spatial_weight,
 )
-from .quantize_search import MARGIN, PREPARE_BLOCK, float32_score, largest, prepare_kernel, search, search_again
+from .search import MARGIN, PREPARE_BLOCK, float32_score, largest, prepare_kernel, search, search_again
 
 _BLOCK_V = 32  # codes scored at a time
 _WARPS = 8

@@ -18,7 +18,7 @@ import torch
 
 from varkern._kept import kept
 
-from . import Case
+from .. import Case
 
 Tiles = tuple[tuple[int, int], ...]
 

@@ -19,8 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
-from . import Case
-from .quantize_maps import (
+from .. import Case
+from .maps import (
     PRECISION,
     Size,
     bicubic,

@@ -1,6 +1,6 @@
 """Block-causal flash attention, backward: one kernel owns keys (dk, dv), one owns queries (dq); both recompute P.
 
-After Dao, FlashAttention-2 (arXiv 2307.08691, algorithm 2). With S = f · r_j · (u_i . k_j) as in ``attention_rows``,
+After Dao, FlashAttention-2 (arXiv 2307.08691, algorithm 2). With S = f · r_j · (u_i . k_j) as in ``rows``,
 P = exp(S - lse), delta = rowsum(grad_out · (out - v_bias)) and dS = P · (grad_out v^T - delta):
 
     dv = P^T grad_out,    d(r k)_j = f Σ_i dS_ij u_i,    du_i = f Σ_j dS_ij r_j k_j,    dlog_scale = Σ_i u_i . du_i
@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import torch
 
-from . import Case
-from .attention_backward_keys import backward_keys
-from .attention_backward_queries import backward_queries
-from .attention_rows import attention_rows
+from .. import Case
+from .backward_keys import backward_keys
+from .backward_queries import backward_queries
+from .rows import attention_rows
 
 
 def block_causal_attention_backward(

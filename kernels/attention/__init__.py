@@ -1,14 +1,14 @@
 """Block-causal attention of VAR's training (arXiv 2404.02905), with its prologue on q, k and v, and its gradients.
 
-Read on in ``attention_forward`` and ``attention_backward``, and in ``attention_tiles`` and ``attention_rows`` for what
+Read on in ``forward`` and ``backward``, and in ``tiles`` and ``rows`` for what
 they share.
 """
 
 from __future__ import annotations
 
-from . import Case
-from .attention_backward import block_causal_attention_backward
-from .attention_forward import block_causal_attention_forward
+from .. import Case
+from .backward import block_causal_attention_backward
+from .forward import block_causal_attention_forward
 
 __all__ = ["DIMS", "block_causal_attention_backward", "block_causal_attention_forward"]
 

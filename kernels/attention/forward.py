@@ -13,8 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from . import Case
-from .attention_rows import (
+from .. import Case
+from .rows import (
     LOG2_E,
     add_bias,
     inverse_norm,
@@ -23,7 +23,7 @@ from .attention_rows import (
     score_factor,
     strides,
 )
-from .attention_tiles import Config, Configs, cases, choose, query_tiles, scale_bounds, to_device
+from .tiles import Config, Configs, cases, choose, query_tiles, scale_bounds, to_device
 
 CONFIGS: Configs = {
     (2, 32): Config(128, 64, num_warps=8, num_stages=3),
@@ -121,7 +121,7 @@ def block_causal_attention_forward_kernel(
     Q_BIAS: tl.constexpr,
     V_BIAS: tl.constexpr,
 ):
-    """out = softmax(S) v + v_bias and lse = log2 Σ exp(S) for one tile of queries, S as in ``attention_rows``.
+    """out = softmax(S) v + v_bias and lse = log2 Σ exp(S) for one tile of queries, S as in ``rows``.
 
     q, k, v, out (B, H, L, D); q_bias, v_bias (H, D); log_scale (H,); lse (2, B, H, L): rounded, and what rounding left;
     the norms (B, H, L); bounds (2, L), the

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from varkern._kept import kept
 
-from . import Case
+from .. import Case
 
 Size = tuple[int, int]
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from . import Case
+from .. import Case
 
 PREPARE_BLOCK = 64  # rows that a program of prepare_kernel takes at a time
 

@@ -1,4 +1,4 @@
-"""Block-causal attention, backward, the kernel that owns queries: grad_q (see ``attention_backward``)."""
+"""Block-causal attention, backward, the kernel that owns queries: grad_q (see ``backward``)."""
 
 # mypy: disallow-untyped-defs=False
 # (Triton gives the parameters of its functions their types.)
@@ -8,8 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from . import Case
-from .attention_rows import (
+from .. import Case
+from .rows import (
     LOG2_E,
     MAX_INVERSE_NORM,
     MAX_LOG_TEMPERATURE,
@@ -18,7 +18,7 @@ from .attention_rows import (
     strides,
     unproject,
 )
-from .attention_tiles import Config, Configs, cases, choose, query_tiles, scale_bounds, to_device
+from .tiles import Config, Configs, cases, choose, query_tiles, scale_bounds, to_device
 
 CONFIGS: Configs = {
     (2, 32): Config(128, 64, num_warps=8, num_stages=3),

@@ -1,4 +1,4 @@
-"""Block-causal attention, backward, the kernel that owns keys: grad_k and grad_v (see ``attention_backward``)."""
+"""Block-causal attention, backward, the kernel that owns keys: grad_k and grad_v (see ``backward``)."""
 
 # mypy: disallow-untyped-defs=False
 # (Triton gives the parameters of its functions their types.)
@@ -8,9 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
-from . import Case
-from .attention_rows import LOG2_E, row_pointers, score_factor, strides, unproject
-from .attention_tiles import Config, Configs, cases, choose, key_tiles, scale_bounds, to_device
+from .. import Case
+from .rows import LOG2_E, row_pointers, score_factor, strides, unproject
+from .tiles import Config, Configs, cases, choose, key_tiles, scale_bounds, to_device
 
 CONFIGS: Configs = {
     (2, 32): Config(32, 128, num_warps=8, num_stages=3, max_registers=168),
