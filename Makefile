@@ -6,7 +6,7 @@ INSTALLED := .venv/.installed
 OLDER_TRITON := .venv/triton-3.6
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: demo test compat bench lint gpu gpu-rehearsal
+.PHONY: demo test machines compat bench lint gpu gpu-rehearsal
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -15,6 +15,10 @@ demo: $(INSTALLED)
 # A process a core, each on one thread.
 test: $(INSTALLED) $(OLDER_TRITON)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses=8
+
+# The numeric tests, or TESTS, as on older processors and with 1, 2 and 4 threads.
+machines: $(INSTALLED)
+	$(BIN)/python tests/machines.py $(TESTS)
 
 # Before a release: the last commit under other releases of PyTorch and Triton. Downloads gigabytes into .compat/.
 compat:

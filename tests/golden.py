@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from golden_weights import golden_image, load_golden_weights
 from safetensors import safe_open
+from ties import assert_same_codes
 from torch import Tensor
 
 import varkern
@@ -43,6 +44,18 @@ class Golden:
 
     def token_maps(self, name: str = "token_indices") -> list[Tensor]:
         return list(self[name].split([p * p for p in self.config["patch_nums"]], dim=1))
+
+    def same_codes(self, tokens: list[Tensor], features: Tensor | None = None) -> Tensor:
+        """Which images (B,) have the tokens of the file; the others differ from them first in a tie.
+
+        features: what the tokens were chosen for, if not the file's.
+        """
+        want, quantizer, given = self.token_maps(), self.vae.quantize, self["encoder_features"]
+        with torch.no_grad():
+            f_hats = quantizer.embed_to_fhat(quantizer.embeddings(want))
+        off = 0.0 if features is None else float((features - given).abs().max())
+        sizes, codebook = [(p, p) for p in self.config["patch_nums"]], quantizer.embedding.weight.detach()
+        return assert_same_codes(given, codebook, sizes, tokens, want, f_hats, self.config["using_znorm"], off)
 
     @property
     def sampling(self) -> dict[str, Any]:

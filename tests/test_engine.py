@@ -1,5 +1,6 @@
 """The engine against the published order of operations, and what users want around it."""
 
+import functools
 import threading
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from golden import load_golden
 from test_models import tiny
+from ties import assert_same_draws
 from torch.overrides import TorchFunctionMode
 
 import varkern
@@ -51,6 +53,7 @@ def settings(count: int) -> list[dict]:
 
 def test_tokens_of_the_reference_for_a_hundred_settings() -> None:
     models: dict[tuple, varkern.VAR] = {}
+    ties = 0
     for s in settings(100):
         key = s.pop("schedule"), s.pop("l2_norm"), s.pop("shared_aln")
         if key not in models:
@@ -63,8 +66,11 @@ def test_tokens_of_the_reference_for_a_hundred_settings() -> None:
         got = varkern.generate(var, **s)
         with varkern.use_backend("reference"):
             want = varkern.generate(var, **s)
-        assert same_tokens(got, want), s
-        torch.testing.assert_close(got.images, want.images, rtol=0, atol=1e-3)
+        run = functools.partial(varkern.generate, **s)
+        same = assert_same_draws(run, var, got.tokens, want.tokens, s["top_k"], s["top_p"])
+        ties += int((~same).sum())
+        torch.testing.assert_close(got.images[same], want.images[same], rtol=0, atol=1e-3)
+    assert ties <= 2  # of 175 images
 
 
 def test_it_is_the_engine_that_generates(var, monkeypatch: pytest.MonkeyPatch) -> None:

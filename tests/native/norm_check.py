@@ -3,16 +3,21 @@
 test_native.py runs it for each SIMD level, for the CUDA kernels under emulation, and on a GPU.
 
 Every dtype combination, strided inputs, row lengths around the vector widths, rows with a large mean. The bound is
-twice the error that plain PyTorch makes in float32 arithmetic, plus one rounding to the output's dtype, plus what one
-float32 rounding of the mean and of a product costs: with few elements in a row plain PyTorch may be exact by luck.
+twice the error of plain float32 arithmetic (in_order.py), plus one rounding to the output's dtype, plus what one
+float32 rounding of the mean and of a product costs: with few elements in a row plain arithmetic may be exact by luck.
 """
 
 import importlib.util
 import itertools
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from in_order import plain
 
 CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 SHAPES = [(1, 1, 1), (2, 3, 5), (1, 7, 16), (3, 33, 67), (2, 70, 192), (1, 2, 1032), (2, 1, 1920)]
@@ -95,10 +100,10 @@ def reference(
     return [out.detach(), *torch.autograd.grad(out, leaves, grad_out.to(dtype))]
 
 
-def check(name: str, ours: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor, rounding: float) -> None:
-    plain = plain.to(ours.dtype).double()  # the reference rounds to the same dtype
+def check(name: str, ours: torch.Tensor, plainly: torch.Tensor, exact: torch.Tensor, rounding: float) -> None:
+    plainly = plainly.to(ours.dtype).double()  # the reference rounds to the same dtype
     size = exact.abs().max().item()
-    bound = 2 * (plain - exact).abs().max().item() + torch.finfo(ours.dtype).eps * size + rounding
+    bound = 2 * (plainly - exact).abs().max().item() + torch.finfo(ours.dtype).eps * size + rounding
     error = (ours.double() - exact).abs().max().item()
     assert error <= bound, f"{name}: error {error:.3g}, bound {bound:.3g}, values up to {size:.3g}"
 
@@ -124,11 +129,11 @@ def check_case(shape: tuple[int, int, int], x_dtype: torch.dtype, cond_dtype: to
     scale, shift = cond.split(C, dim=1)
     grad_out = strided(shape, torch.promote_types(x_dtype, cond_dtype), generator, pad)
     exact = reference(x, scale, shift, grad_out, 1e-6, torch.float64)
-    plain = reference(x, scale, shift, grad_out, 1e-6, torch.float32)
+    plainly = plain(reference, x, scale, shift, grad_out, 1e-6, torch.float32)
     out, mean, rstd = forward(x, scale, shift, 1e-6)
     ours = [out, *backward(grad_out, x, scale, mean, rstd)]
     names = ("out", "grad_x", "grad_scale", "grad_shift")
-    for part in zip(names, ours, plain, exact, roundings(x, scale, grad_out, 1e-6), strict=True):
+    for part in zip(names, ours, plainly, exact, roundings(x, scale, grad_out, 1e-6), strict=True):
         check(f"shape={shape} x={x_dtype} cond={cond_dtype} odd={odd} {part[0]}", *part[1:])
 
 

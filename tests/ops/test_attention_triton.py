@@ -1,4 +1,4 @@
-"""The Triton kernels of block-causal attention against eager PyTorch: interpreted without a GPU, compiled on one."""
+"""The Triton kernels of block-causal attention against float64: interpreted without a GPU, compiled on one."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from in_order import plain
 from torch import Tensor
 
 attention: Any = pytest.importorskip("varkern.kernels.attention", reason="triton is not installed")
@@ -121,26 +122,27 @@ class Problem:
         saved = self.forward()
         return named(saved[0], natural(saved[1]), *self.backward(saved))
 
-    def eager(self, dtype: torch.dtype, row_grads: Tensor | None = None) -> dict[str, Tensor]:
-        """The same by autograd in a dtype, with the mask of L x L; row_grads (B, H, L): gradients of lse, too."""
-        leaves = [
-            None if x is None else x.detach().to(dtype).requires_grad_() for x in (*self.inputs, *self.parameters)
-        ]
+    @property
+    def tensors(self) -> list[Tensor | None]:
+        return [self.grad_out, *self.inputs, *self.parameters]
+
+    def exact(self, row_grads: Tensor | None = None) -> dict[str, Tensor]:
+        return self.by_autograd(torch.float64, self.tensors, row_grads)
+
+    def by_autograd(self, dtype: torch.dtype, tensors: list[Any], row_grads: Tensor | None = None) -> dict[str, Tensor]:
+        """The same in a dtype, with the mask of L x L; row_grads (B, H, L): gradients of lse, too."""
+        grad_out, *leaves = (None if x is None else x.detach().to(dtype).requires_grad_() for x in tensors)
         q, k, v, q_bias, v_bias, log_scale = leaves
-        if q_bias is not None:
-            q = q + q_bias.unsqueeze(1)
-        if v_bias is not None:
-            v = v + v_bias.unsqueeze(1)
+        q = q if q_bias is None else q + q_bias.unsqueeze(1)
+        v = v if v_bias is None else v + v_bias.unsqueeze(1)
         if log_scale is not None:
             temperature = log_scale.clamp_max(math.log(100)).exp().view(-1, 1, 1)
             q, k = F.normalize(q, dim=-1).mul(temperature), F.normalize(k, dim=-1)
-        scores = (q @ k.mT * self.softmax_scale).masked_fill(self.hidden(), -torch.inf)
+        scores = (q @ k.mT * self.softmax_scale).masked_fill(self.hidden().to(q.device), -torch.inf)
         out, lse = scores.softmax(-1) @ v, scores.logsumexp(-1)
         used = [leaf for leaf in leaves if leaf is not None]
-        results, incoming = [out], [self.grad_out.to(dtype)]
-        if row_grads is not None:
-            results, incoming = [out, lse], [*incoming, row_grads]
-        grads = iter(torch.autograd.grad(results, used, incoming))
+        results = ([out], [grad_out]) if row_grads is None else ([out, lse], [grad_out, row_grads])
+        grads = iter(torch.autograd.grad(results[0], used, results[1]))
         return named(out.detach(), lse.detach(), *(None if leaf is None else next(grads) for leaf in leaves))
 
     def hidden(self) -> Tensor:
@@ -159,29 +161,27 @@ def named(*tensors: Tensor | None) -> dict[str, Tensor]:
 
 
 def check(problem: Problem) -> None:
-    """At most twice the error of eager PyTorch in the same dtype, and the roundings that flash attention has beside.
+    """At most twice the error of plain arithmetic in the same dtype, and the roundings of flash attention beside.
 
-    Its backward pass starts from out and lse, where eager PyTorch keeps the probabilities P:
+    Its backward pass starts from out and lse, where plain attention keeps the probabilities P:
 
     - delta_i = grad_out_i . (out_i - v_bias) stands for the sum over j of P_ij dP_ij. What it is off by, independent
       roundings of the elements of out and those of float32 sums, is multiplied by P_i in the gradient of the scores;
       P_i is the gradient of lse_i, so that it shows in the results as if it were the gradient of lse_i.
     - P = exp(S - lse): in 16 bits lse is rounded once. In float32 it comes in two parts, and nothing is granted.
     """
-    got, eager, exact = problem.run(), problem.eager(problem.dtype), problem.eager(torch.float64)
+    got, plainly, exact = problem.run(), plain(problem.by_autograd, problem.dtype, problem.tensors), problem.exact()
     assert set(got) == set(exact)
     eps, single = torch.finfo(problem.dtype).eps, torch.finfo(torch.float32).eps
     terms = problem.grad_out * exact["out"]
-    rounded = problem.eager(torch.float64, eps * terms.norm(dim=-1) + single * terms.abs().sum(-1))
+    rounded = problem.exact(eps * terms.norm(dim=-1) + single * terms.abs().sum(-1))
     for name, value in exact.items():
         assert got[name].shape == value.shape, name
         size = value.abs().max()
-        error, eagers = ((tensor[name] - value).abs().max() for tensor in (got, eager))
+        error, plains = ((tensor[name] - value).abs().max() for tensor in (got, plainly))
         of_lse = 0.0 if problem.dtype == torch.float32 else single * exact["lse"].abs().max()
         rounding = (eps + of_lse) * size + (rounded[name] - value).abs().max()
-        assert error <= 2 * eagers + rounding, (
-            f"{name}: error {error:.3g}, eager's {eagers:.3g}, rounding {rounding:.3g}"
-        )
+        assert error <= 2 * plains + rounding, f"{name}: error {error:.3g}, plainly {plains:.3g}, beside {rounding:.3g}"
 
 
 @pytest.fixture
@@ -281,7 +281,7 @@ def test_rows_without_length(device: str, dtype: torch.dtype) -> None:
     problem = Problem(prologue="v_bias log_scale", dtype=dtype, device=device)
     q, k, _ = problem.inputs
     q[:, :, 3], k[:, :, 0], k[:, :, 5] = 0, 0, 0
-    got, exact = problem.run(), problem.eager(torch.float64)
+    got, exact = problem.run(), problem.exact()
     for name, value in exact.items():
         # Gradients of such rows are those of their unit rows times 1e12, which float16 cannot hold.
         huge = value.abs() > torch.finfo(dtype).max
@@ -312,7 +312,7 @@ def test_scores_that_would_overflow(device: str, dtype: torch.dtype, sign: int) 
     q, k, v = problem.inputs
     q.copy_(q.abs() * 40 + 8)
     k.copy_(sign * (k.abs() * 40 + 8))
-    got, exact = problem.run(), problem.eager(torch.float64)
+    got, exact = problem.run(), problem.exact()
     assert all(torch.isfinite(tensor).all() for tensor in got.values())
     assert exact["lse"].abs().min() > 5e4
     torch.testing.assert_close(got["lse"].double(), exact["lse"], rtol=1e-6, atol=0)

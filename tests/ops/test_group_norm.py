@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from in_order import assert_as_accurate, plain
 from torch import Tensor
 
-from varkern.models import VQVAE, autoencoder
+from varkern.models import VQVAE
+from varkern.modules import autoencoder
 from varkern.ops import (
     backends,
     group_norm_affine,
@@ -70,28 +72,23 @@ def exact_coefficients(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps
     return multiplier, bias.double() - mean * multiplier
 
 
-def assert_as_accurate_as_eager(name: str, got: Tensor, eager: Tensor, exact: Tensor) -> None:
-    """At most twice the error of eager PyTorch, and one rounding of the result's largest element."""
-    assert (got.dtype, got.shape) == (eager.dtype, eager.shape)
-    error, eagers = (got.double() - exact).abs().max(), (eager.double() - exact).abs().max()
-    rounding = torch.finfo(got.dtype).eps * exact.abs().max()
-    assert error <= 2 * eagers + rounding, f"{name}: error {error:.3g}, eager's {eagers:.3g}, rounding {rounding:.3g}"
-
-
 def check(inputs: tuple[Tensor, Tensor, Tensor, int, float]) -> None:
-    x = inputs[0]
+    x, coefficients = inputs[0], exact_coefficients(*inputs)
+    # With coefficients in float32 whatever the mean is of is rounded: a multiplier three times, an offset five.
+    of_the_mean = float((x.double() * coefficients[0][..., None, None]).abs().max())
+    library = 16 * of_the_mean if backends.reference_forced() else 0.0  # which may apply coefficients, too
     for silu in (True, False):
         got = group_norm_silu(*inputs, silu)
         assert got.stride() == x.stride()
-        eager = group_norm_silu_reference(*inputs, silu)
-        assert_as_accurate_as_eager(f"silu {silu}", got, eager, exactly(*inputs, silu))
-    got, eager = group_norm_affine(*inputs), group_norm_affine_reference(*inputs)
-    for name, *values in zip(("multiplier", "offset"), got, eager, exact_coefficients(*inputs), strict=True):
-        assert_as_accurate_as_eager(name, *values)
+        plainly = plain(group_norm_silu_reference, *inputs, silu)
+        assert_as_accurate(f"silu {silu}", got, plainly, exactly(*inputs, silu), library)
+    got, plainly = group_norm_affine(*inputs), plain(group_norm_affine_reference, *inputs)
+    for name, *values in zip(("multiplier", "offset"), got, plainly, coefficients, strict=True):
+        assert_as_accurate(name, *values)
     # What a convolution gets that applies the coefficients: one multiply-add in float32, here a rounding or two more.
     applied = (x.double() * got[0].double()[..., None, None] + got[1].double()[..., None, None]).float()
-    eager = group_norm_silu_reference(x.float(), *inputs[1:], silu=False)
-    assert_as_accurate_as_eager("applied", applied, eager, exactly(*inputs, silu=False))
+    plainly = plain(group_norm_silu_reference, x.float(), *inputs[1:], False)
+    assert_as_accurate("applied", applied, plainly, exactly(*inputs, silu=False), library or 4 * of_the_mean)
 
 
 def test_reference_is_the_formula() -> None:
@@ -122,10 +119,10 @@ def test_value(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype,
 @formats
 @pytest.mark.parametrize("offset", [3.0, -30.0, 1000.0])
 def test_means_of_many_deviations(device: torch.device, layout: torch.memory_format, offset: float) -> None:
+    if backends.reference_forced():
+        pytest.skip("PyTorch's own kernels may lose the square of the mean, each in its way")
     inputs = arguments((2, 64, 17, 16, 8), device, layout=layout, offset=offset)
     check(inputs)
-    if backends.reference_forced():
-        return
     # group_norm_silu loses nothing to the mean. In units of 2^-24 of the largest value: the rounded multiplier,
     # product and offset 3, exp and the division 6, sums of squares over 34 runs the root of what they may lose.
     for silu in (True, False):
@@ -137,15 +134,16 @@ def test_means_of_many_deviations(device: torch.device, layout: torch.memory_for
 @formats
 def test_statistics_of_uneven_images(device: torch.device, layout: torch.memory_format) -> None:
     """What a kernel may take for typical is not: pixels in a grid, the upper half, the border; and constant groups."""
+    if backends.reference_forced():
+        pytest.skip("PyTorch's own kernels may lose the square of the mean, each in its way")
     x, *others = arguments((4, 16, 40, 32, 4), device, layout=layout)
     x[0, :, :, ::4] += 1000.0
     x[1, :, :20] -= 300.0
     x[2, :, 0] = 1e4
     x[3, :4] = 1e3  # without variance: the bias
     check((x, *others))
-    if not backends.reference_forced():  # whose rounded mean is 1000 times as far off, after the multiplication
-        flat = group_norm_silu(x, *others, silu=False)[3, :4]
-        torch.testing.assert_close(flat, others[1][:4, None, None].expand_as(flat), rtol=0, atol=1e-6)
+    flat = group_norm_silu(x, *others, silu=False)[3, :4]
+    torch.testing.assert_close(flat, others[1][:4, None, None].expand_as(flat), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("eps", [1e-6, 1e-2])

@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+from in_order import assert_as_accurate, plain
 from torch import Tensor
 
 from varkern.ops import backends, modulated_layer_norm, modulated_layer_norm_reference, use_backend
@@ -61,19 +62,12 @@ def largest_terms(inputs: tuple[Tensor, ...], grad_out: Tensor, eps: float) -> l
         return [x.new_zeros(())] * 4
     scale = scale.reshape(x.size(0), 1, x.size(2))
     rstd = (x.var(-1, correction=0, keepdim=True) + eps).rsqrt()
-    terms = (shift, rstd * grad_out * (1 + scale), grad_out, grad_out)
-    return [term.abs().amax() for term in terms]
-
-
-def assert_as_accurate_as_eager(got: Tensor, eager: Tensor, exact: Tensor, largest_term: Tensor) -> None:
-    """At most twice the error of eager PyTorch, give or take one rounding of the result and one of a float32 term."""
-    assert got.dtype == eager.dtype
-    assert got.shape == eager.shape
-    if not got.numel():
-        return
-    error, allowed = (got.double() - exact).abs().max(), 2 * (eager.double() - exact).abs().max()
-    rounding = torch.finfo(got.dtype).eps * exact.abs().max() + torch.finfo(torch.float32).eps * largest_term
-    assert error <= allowed + rounding, f"error {error:.3g}, eager's is {allowed / 2:.3g}, rounding {rounding:.3g}"
+    terms = [t.abs().amax() for t in (shift, rstd * grad_out * (1 + scale), grad_out, grad_out)]
+    if backends.reference_forced():  # whose library may take the mean off after the multiplication
+        of_the_mean = (x.mean(-1, keepdim=True) * rstd).abs()
+        terms[0] += (of_the_mean * (1 + scale).abs()).amax()
+        terms[2] += (of_the_mean * grad_out.abs()).sum(1).amax()
+    return terms
 
 
 def check(inputs: tuple[Tensor, Tensor, Tensor], eps: float = 1e-6) -> None:
@@ -81,10 +75,11 @@ def check(inputs: tuple[Tensor, Tensor, Tensor], eps: float = 1e-6) -> None:
     grad_out = grad_out.to(torch.promote_types(inputs[0].dtype, inputs[1].dtype))
     doubles = tuple(tensor.double() for tensor in inputs)
     got = value_and_gradients(lambda *args: modulated_layer_norm(*args, eps), inputs, grad_out)
-    eager = value_and_gradients(lambda *args: modulated_layer_norm_reference(*args, eps), inputs, grad_out)
+    plainly = plain(value_and_gradients, lambda *args: modulated_layer_norm_reference(*args, eps), inputs, grad_out)
     exact = value_and_gradients(lambda *args: modulated_layer_norm_reference(*args, eps), doubles, grad_out)
-    for tensors in zip(got, eager, exact, largest_terms(doubles, grad_out.double(), eps), strict=True):
-        assert_as_accurate_as_eager(*tensors)
+    names = ("value", "gradient of x", "gradient of scale", "gradient of shift")
+    for tensors in zip(names, got, plainly, exact, largest_terms(doubles, grad_out.double(), eps), strict=True):
+        assert_as_accurate(*tensors)
     with torch.no_grad():  # without statistics the kernels take another path
         assert torch.equal(modulated_layer_norm(*inputs, eps), got[0])
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from ties import justified
 from torch import Tensor
 
 from varkern.ops import backends, sampling, use_backend
@@ -77,21 +78,7 @@ def assert_justified(tokens: Tensor, logits: Tensor, noise: Tensor, setting: Set
     x = logits.float()
     if guidance is not None:
         x = guided_logits_reference(x, guidance)
-    x, drawn = x.double().reshape(noise.shape), tokens.reshape(-1, 1)
-    error = (x.shape[1] / 2 + 128) * 2.0**-24  # of a float32 sum of V terms, and of the exponentials
-    possible = x >= (x.topk(top_k)[0][:, -1:] if top_k else -torch.inf)
-    certain = possible.clone()
-    if top_p:
-        ascending, order = x.sort(-1)
-        p = x.masked_fill(~possible, -torch.inf).softmax(-1)
-        cumulated = torch.nn.functional.pad(p.gather(-1, order).cumsum(-1), (1, 0))
-        below, up_to = (cumulated.gather(-1, torch.searchsorted(ascending, x, right=side)) for side in (False, True))
-        largest = x == x.amax(-1, keepdim=True)
-        possible &= (up_to * (1 + error) > 1 - top_p) | largest
-        certain &= (below + p) * (1 - error) > 1 - top_p
-    ratio = (x - x.amax(-1, keepdim=True)).exp() / noise.double()
-    assert possible.gather(-1, drawn).all()
-    assert (ratio.gather(-1, drawn) * (1 + 2e-5) >= ratio.masked_fill(~certain, 0).amax(-1, keepdim=True)).all()
+    assert justified(tokens.reshape(-1), x.double().reshape(noise.shape), noise, top_k, top_p).all()
 
 
 def check(device: torch.device, logits: Tensor, noise: Tensor, setting: Setting) -> None:
