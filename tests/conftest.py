@@ -28,7 +28,8 @@ from varkern.ops._precision import full_float32
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Tests with the fixture ``device`` run in each place that the ops have which their module names as ``OPS``."""
     named = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
-    if "device" in metafunc.fixturenames and not any("device" in names for names in named):
+    own = hasattr(metafunc.module, "device") or any("device" in names for names in named)
+    if "device" in metafunc.fixturenames and not own:
         there = places(*getattr(metafunc.module, "OPS", ()))
         metafunc.parametrize("device", [parameter(place) for place in there], indirect=True)
 

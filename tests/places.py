@@ -14,7 +14,7 @@ if torch.cuda.is_available():
 
 
 def places(*ops: str) -> list[str]:
-    """Those of some ops, all without any: ``device-backend`` where one of them has that backend, or is the reference."""
+    """``device-backend`` for the reference and the backends that one of the ops has; all of them without ops."""
     known = {**Op.registry, **Op.inner}
     there = {"reference"}.union(*(known[op].backends for op in ops)) if ops else None
     return [place for place in PLACES if there is None or place.split("-")[1] in there]

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from cases import SAMPLES, OperatorCall, Sample, copied, operator_calls
+from torch import Tensor
 
 import varkern
 from varkern import edit, ops
@@ -74,7 +75,9 @@ def public_ops(rng: random.Random) -> list[Callable[[], Call]]:
 
     def by_sides() -> Call:
         q, k, v = SAMPLES["block_causal_attention"].fresh()
-        return Call("block_causal_attention", ops.block_causal_attention, {"q": q, "k": k, "v": v, "patch_nums": [1, 2]})
+        return Call(
+            "block_causal_attention", ops.block_causal_attention, {"q": q, "k": k, "v": v, "patch_nums": [1, 2]}
+        )
 
     return [
         *(of(name, sample) for name, sample in SAMPLES.items() if _without_16_bits(sample)),

@@ -86,7 +86,9 @@ class Sample:
         leaves = [t.detach().clone() for t in tensors]
         varied = [leaves[i].requires_grad_() for i in self.differentiable]
         used = [t.clone() if i == self.writes else t for i, t in enumerate(leaves)]
-        return list(torch.autograd.grad(summed([change(t) for t in tensors_of((form or self.function)(*used))]), varied))
+        return list(
+            torch.autograd.grad(summed([change(t) for t in tensors_of((form or self.function)(*used))]), varied)
+        )
 
 
 def tensors_of(result: Any) -> list[Tensor]:
