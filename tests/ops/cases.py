@@ -363,11 +363,7 @@ ARGUMENTS: dict[str, dict[str, Callable[[], dict[str, Any]]]] = {
         "wide": lambda: teacher(sizes=WIDE, V=37, Cv=5),
         "identity": lambda: teacher(identity=True),
     },
-    "next_scale_input": {
-        "": step,
-        "last": lambda: step(None),
-        "identity": lambda: step((4, 4), side=5, identity=True),
-    },
+    "next_scale_input": {"": step, "last": lambda: step(None), "identity": lambda: step((4, 4), side=5, identity=True)},
 }
 # So large that threads share the work.
 LARGE: dict[str, Callable[[], dict[str, Any]]] = {

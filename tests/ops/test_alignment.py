@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, op_of, tensors_of
-from places import parameter, places
+from cases import CASES, SAMPLES, moved, tensors_of
+from everywhere import everywhere, quick
 from torch import Tensor
 
 import varkern
@@ -33,35 +33,20 @@ def shifted(tensor: Tensor, elements: int = 1) -> Tensor:
     return out.copy_(tensor)
 
 
-SINGLE = re.compile("quantize|teacher|next_scale|conv")  # float32 alone
-
-
-@pytest.mark.parametrize(
-    ("name", "dtype", "device"),
-    [
-        parameter(name, dtype, place)
-        for name in CASES
-        for dtype in (torch.float32, torch.float16)
-        for place in places(op_of(name).name)
-        if dtype == torch.float32 or not SINGLE.search(name)
-    ],
-    indirect=["device"],
-)
-def test_odd_addresses_give_the_same(device: torch.device, name: str, dtype: torch.dtype) -> None:
+@everywhere(SAMPLES, quick)
+def test_odd_addresses_give_the_same(device: torch.device, name: str) -> None:
     """Each input in turn, and all of them."""
-    case = CASES[name]
-    inputs = [t.to(device, dtype if t.is_floating_point() else None) for t in case.fresh()]
-    if name == "sample_tokens":
-        inputs[1] = inputs[1].float()
-    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-3, "atol": 2e-3}
+    sample = SAMPLES[name]
+    inputs = moved(sample.fresh(), device)
+    tolerance = 2e-3 if torch.float16 in {t.dtype for t in inputs} else 1e-5
     with torch.no_grad():
-        want = tensors_of(case.function(*(t.clone() for t in inputs)))
+        want = tensors_of(sample.function(*moved(inputs, device)))
         for which in (*({i} for i in range(len(inputs))), set(range(len(inputs)))):
-            if name == "cached_attention" and 1 in which and backends.current_backend() == "cuda":
+            if name.startswith("cached_attention") and 1 in which and backends.current_backend() == "cuda":
                 continue  # refused, below
             odd = [shifted(t) if i in which else t.clone() for i, t in enumerate(inputs)]
-            for a, b in zip(tensors_of(case.function(*odd)), want, strict=True):
-                torch.testing.assert_close(a, b, **tolerance)
+            for a, b in zip(tensors_of(sample.function(*odd)), want, strict=True):
+                torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 class TestDecode:

@@ -1,6 +1,6 @@
 """Every registered operator on every backend that it has: what PyTorch and its compiler may ask of one.
 
-Called directly, those of backward passes too, as the samples of ``cases`` run them. Then compiled functions, threads and
+Called directly, those of backward passes too, as the samples of ``cases`` run them. Then what is compiled, threads, and
 the levels of processors.
 """
 
@@ -47,7 +47,7 @@ def called(op: Op, args: list[Any], backend: str | None) -> list[Tensor]:
 @everywhere(CASES, quick)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_strides_of_operators(device: torch.device, name: str, layout: str) -> None:
-    """Of backward passes too: the results of dense tensors. What a forward pass leaves to one is not the same for all."""
+    """The results of dense tensors. What a forward pass leaves to its backward pass is not the same for all rows."""
     for op, args, backend in calls(SAMPLES[name], device):
         free = [i for i in op.tensors if args[i] is not None and i not in op._written]
         if layout == "expanded" and op.name.endswith("backward"):
