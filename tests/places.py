@@ -7,10 +7,11 @@ import torch
 
 from varkern.ops._op import Op
 
-# Triton runs on the device, and where there is none in its interpreter.
 PLACES = ("cpu-reference", "cpu-cpu", "cpu-triton")
 if torch.cuda.is_available():
     PLACES = ("cpu-reference", "cpu-cpu", "cuda-reference", "cuda-cuda", "cuda-triton")
+# Where Triton kernels run: compiled on the device, and where there is none in the interpreter.
+TRITON = pytest.param("cuda", marks=pytest.mark.gpu) if torch.cuda.is_available() else "cpu"
 
 
 def places(*ops: str) -> list[str]:

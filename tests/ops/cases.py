@@ -253,9 +253,8 @@ def step(
     return given | {"phi": Phi(None, None, 0.0) if identity else phis(1, Cv)[0], "following": following}
 
 
-F16, LAST = torch.float16, torch.channels_last
-WIDE = ((1, 1), (1, 3), (2, 4), (4, 7))
-LONG = (1, 4, 9, 16)
+F16, LAST, LONG = torch.float16, torch.channels_last, (1, 4, 9, 16)
+WIDE, EIGHT = ((1, 1), (1, 3), (2, 4), (4, 7)), ((1, 1), (2, 2), (5, 5), (8, 8))
 # All that a sample of an op has but its arguments.
 KINDS: dict[str, dict[str, Any]] = {
     "modulated_layer_norm": {"differentiable": (0, 1, 2), "batch": (0, 0, 0)},
@@ -270,14 +269,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "filter_logits": {"batch": (0,), "reference": filtered},
     "residual_quantize": {"batch": (0, *[None] * 5), "reference": ops.quantize.residual_quantize_reference},
     "residual_quantize_train": {
-        "differentiable": (0, 1, 2, 3, 4, 5),
+        "differentiable": range(6),
         "reference": ops.quantize.residual_quantize_train_reference,
     },
-    "residual_dequantize": {
-        "differentiable": (1, 2, 3, 4, 5),
-        "batch": (0, *[None] * 5),
-        "reference": dequantize_plainly,
-    },
+    "residual_dequantize": {"differentiable": range(1, 6), "batch": (0, *[None] * 5), "reference": dequantize_plainly},
     "teacher_forcing_input": {"batch": (0, *[None] * 5), "reference": teach_plainly},
     "next_scale_input": {
         "differentiable": (0, 1, 2, 3),
@@ -377,12 +372,10 @@ LARGE: dict[str, Callable[[], dict[str, Any]]] = {
     "cached_attention": lambda: cached(200, 300, B=1, H=3),
     "sample_tokens": lambda: draw(256, 1024, top_k=100, top_p=0.96),
     "filter_logits": lambda: logits(n=256, V=1024, top_k=100, top_p=0.96),
-    "residual_quantize": lambda: quantized(3, sizes=((1, 1), (2, 2), (5, 5), (8, 8)), V=1500, Cv=32),
-    "residual_quantize_train": lambda: quantized(
-        3, sizes=((1, 1), (2, 2), (5, 5), (8, 8)), V=1500, Cv=32, settings={"beta": 0.25}
-    ),
-    "residual_dequantize": lambda: dequantized((8, 8), 3, sizes=((1, 1), (5, 5), (8, 8)), V=1500, Cv=32),
-    "teacher_forcing_input": lambda: teacher(3, sizes=((1, 1), (5, 5), (8, 8)), V=1500, Cv=32),
+    "residual_quantize": lambda: quantized(3, sizes=EIGHT, V=1500, Cv=32),
+    "residual_quantize_train": lambda: quantized(3, settings={"beta": 0.25}, sizes=EIGHT, V=1500, Cv=32),
+    "residual_dequantize": lambda: dequantized((8, 8), 3, sizes=EIGHT, V=1500, Cv=32),
+    "teacher_forcing_input": lambda: teacher(3, sizes=EIGHT, V=1500, Cv=32),
     "next_scale_input": lambda: step((6, 7), 3, 8, 32),
 }
 

@@ -238,3 +238,14 @@ def test_rows_do_not_depend_on_their_batch(device: torch.device, name: str) -> N
     else:
         one = [t if axis is None else t.narrow(axis, 1, 1) for t, axis in zip(inputs, sample.batch, strict=True)]
     assert_right(sample, [t.contiguous() if i == sample.writes else t for i, t in enumerate(one)])
+
+
+def check_values(op: str, device: torch.device) -> None:
+    """What this file says of the values of an op, on the backend in force: for modules that stand in for a device's."""
+    for name in SAMPLES:
+        if name.partition(".")[0] == op:
+            test_value(device, name)
+    for layout in LAYOUTS:
+        test_strides(device, op, layout)
+    test_no_batch(device, op)
+    test_rows_do_not_depend_on_their_batch(device, op)

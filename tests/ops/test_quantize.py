@@ -11,6 +11,7 @@ import pytest
 import torch
 from golden import ALL, SMALL, load_golden
 from in_order import assert_as_accurate, plain
+from places import parameter, places
 from ties import TOLERANCE, assert_same_codes
 from torch import Tensor
 
@@ -90,20 +91,19 @@ CASES = {
     "no_images": Case(B=0),
     "five_images": Case(B=5, sizes=((1, 1), (3, 3))),
 }
-cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+# Triton's interpreter takes seconds a call; test_quantize_triton.py has the options of those kernels.
+GRID = [(name, place) for name in CASES for place in places(*OPS)]
+GRID = [(name, place) for name, place in GRID if place != "cpu-triton" or name == "rectangular"]
+cases = pytest.mark.parametrize(
+    ("case", "device"),
+    [parameter(CASES[name], place) for name, place in GRID],
+    ids=["-".join(pair) for pair in GRID],
+    indirect=["device"],
+)
 
 
 def interpreted() -> bool:
-    """Triton's interpreter takes seconds a call; test_quantize_triton.py has the options of those kernels."""
     return backends.current_backend() == "triton" and backends.interpreting()
-
-
-@pytest.fixture(autouse=True)
-def _one_interpreted_case(request: pytest.FixtureRequest) -> None:
-    if {"case", "device"} <= set(request.fixturenames):
-        request.getfixturevalue("device")
-        if interpreted() and request.node.callspec.params["case"] != CASES["rectangular"]:
-            pytest.skip("one case for the interpreter")
 
 
 def assert_ties(problem: Problem, got: list[Tensor], want: list[Tensor], f_hats: list[Tensor]) -> Tensor:
