@@ -59,8 +59,11 @@ def tiny_model() -> varkern.VAR:
     return var.eval()
 
 
-def _without_16_bits(sample: Sample) -> bool:
-    return all(t.dtype in (torch.float32, torch.int64) for t in sample.fresh())
+WIDE = {
+    name: sample
+    for name, sample in SAMPLES.items()
+    if all(t.dtype in (torch.float32, torch.int64) for t in sample.fresh())
+}
 
 
 def public_ops(rng: random.Random) -> list[Callable[[], Call]]:
@@ -80,7 +83,7 @@ def public_ops(rng: random.Random) -> list[Callable[[], Call]]:
         )
 
     return [
-        *(of(name, sample) for name, sample in SAMPLES.items() if _without_16_bits(sample)),
+        *(of(name, sample) for name, sample in WIDE.items()),
         drawn_inside,
         by_sides,
         lambda: Call("use_backend", lambda name: varkern.use_backend(name), {"name": "cpu"}),
@@ -89,8 +92,7 @@ def public_ops(rng: random.Random) -> list[Callable[[], Call]]:
 
 @functools.cache
 def _operator_calls() -> list[OperatorCall]:
-    samples = [sample for sample in SAMPLES.values() if _without_16_bits(sample)]
-    return [call for sample in samples for call in operator_calls(sample, "cpu")]
+    return [call for sample in WIDE.values() for call in operator_calls(sample, "cpu")]
 
 
 def direct_ops(rng: random.Random, backend: str | None) -> list[Callable[[], Call]]:
