@@ -1,7 +1,7 @@
-// The module varkern._C: argument lists, docstrings and casts.
-#include "bindings.h"
+// The module varkern._C: the operations of cpu/ops.def, and questions about the build.
+#include "bind.h"
 
-#include <string.h>
+#include <pybind11/stl.h>
 
 #include <string>
 #include <vector>
@@ -45,32 +45,13 @@ PYBIND11_MODULE(_C, m) {
   py::options options;
   options.disable_function_signatures();
   m.doc() =
-      "varkern's CPU kernels. Pointers are integers (tensor.data_ptr()), strides count elements, dtype codes are\n"
-      "0 float32, 1 float16, 2 bfloat16. Shapes, devices and dtypes are checked by varkern.ops, not here.";
+      "varkern's CPU kernels. All arguments are required, by position or by name. Pointers are integers\n"
+      "(tensor.data_ptr()), or 0 for none; strides count elements; dtype codes are 0 float32, 1 float16, 2 bfloat16,\n"
+      "3 float64. Shapes, devices and dtypes are checked by varkern.ops, not here.";
 
-  bindings::bind(m, "modulated_layer_norm_forward", bindings::kModulatedLayerNormForward,
-                 bindings::modulated_layer_norm_forward, cpu::modulated_layer_norm_forward);
-  bindings::bind(m, "modulated_layer_norm_backward", bindings::kModulatedLayerNormBackward,
-                 bindings::modulated_layer_norm_backward, cpu::modulated_layer_norm_backward);
-  bindings::bind(m, "gated_residual_layer_norm", bindings::kGatedResidualLayerNorm,
-                 bindings::gated_residual_layer_norm, cpu::gated_residual_layer_norm);
-  bindings::bind(m, "group_norm", bindings::kGroupNorm, bindings::group_norm, cpu::group_norm);
-  bindings::bind(m, "residual_quantize", bindings::kResidualQuantize, bindings::residual_quantize,
-                 cpu::residual_quantize);
-  bindings::bind(m, "residual_quantize_backward", bindings::kResidualQuantizeBackward,
-                 bindings::residual_quantize_backward, cpu::residual_quantize_backward);
-  bindings::bind(m, "residual_dequantize", bindings::kResidualDequantize, bindings::residual_dequantize,
-                 cpu::residual_dequantize);
-  bindings::bind(m, "next_scale_input", bindings::kNextScaleInput, bindings::next_scale_input, cpu::next_scale_input);
-  bindings::bind(m, "block_causal_attention_forward", bindings::kBlockCausalAttentionForward,
-                 bindings::block_causal_attention_forward, cpu::block_causal_attention_forward);
-  bindings::bind(m, "block_causal_attention_backward", bindings::kBlockCausalAttentionBackward,
-                 bindings::block_causal_attention_backward, cpu::block_causal_attention_backward);
-  bindings::bind(m, "cached_attention", bindings::kCachedAttention, bindings::cached_attention,
-                 cpu::cached_attention);
-  bindings::bind(m, "conv3x3", bindings::kConv3x3, bindings::conv3x3, cpu::conv3x3);
-  bindings::bind(m, "sample_tokens", bindings::kSampleTokens, bindings::sample_tokens, cpu::sample_tokens);
-  bindings::bind(m, "filter_logits", bindings::kFilterLogits, bindings::filter_logits, cpu::filter_logits);
+#define VARKERN_CPU_OP(name, Args) bindings::bind<cpu::name>(m, #name, #Args);
+#include "cpu/ops.def"
+#undef VARKERN_CPU_OP
 
   m.def("simd_level", &cpu::simd_level,
         "simd_level() -> str\n\nWhat runs: what the processor offers, capped by the environment variable VARKERN_SIMD\n"

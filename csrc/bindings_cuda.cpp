@@ -1,11 +1,11 @@
-// The module varkern._C_cuda: argument lists, docstrings and casts.
+// The module varkern._C_cuda: the operations of cuda/ops.def, and questions about the build.
 #include <pybind11/stl.h>
 
 #include <sstream>
 #include <string>
 #include <vector>
 
-#include "bindings.h"
+#include "bind.h"
 #include "build_info.h"
 
 namespace py = pybind11;
@@ -27,19 +27,12 @@ PYBIND11_MODULE(_C_cuda, m) {
   py::options options;
   options.disable_function_signatures();
   m.doc() =
-      "varkern's CUDA kernels: the functions of varkern._C with the stream (torch.cuda.Stream.cuda_stream) as last\n"
-      "argument. They run on the current device. Imports without a driver; a launch then raises RuntimeError.";
+      "varkern's CUDA kernels: functions of varkern._C, some with more arguments, and the stream as the last\n"
+      "(torch.cuda.Stream.cuda_stream). They run on the current device. Imports without a driver; a launch then raises RuntimeError.";
 
-  bindings::bind(m, "modulated_layer_norm_forward", bindings::kModulatedLayerNormForward,
-                 bindings::modulated_layer_norm_forward, cuda::modulated_layer_norm_forward);
-  bindings::bind(m, "modulated_layer_norm_backward", bindings::kModulatedLayerNormBackward,
-                 bindings::modulated_layer_norm_backward, cuda::modulated_layer_norm_backward);
-  bindings::bind(m, "gated_residual_layer_norm", bindings::kGatedResidualLayerNorm,
-                 bindings::gated_residual_layer_norm, cuda::gated_residual_layer_norm);
-  bindings::bind(m, "group_norm", bindings::kGroupNorm, bindings::group_norm, cuda::group_norm);
-  bindings::bind(m, "cached_attention", bindings::kCachedAttention, bindings::cached_attention,
-                 cuda::cached_attention);
-  bindings::bind(m, "sample_tokens", bindings::kSampleTokens, bindings::sample_tokens, cuda::sample_tokens);
+#define VARKERN_CUDA_OP(name, Args) bindings::bind<cuda::name>(m, #name, #Args);
+#include "cuda/ops.def"
+#undef VARKERN_CUDA_OP
 
   m.def("architectures", &architectures, "architectures() -> list[str]\n\nWhat the kernels were compiled for.");
   m.def("driver_version", &cuda::driver_version,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -34,7 +35,8 @@ def run(*command: str | Path, cwd: Path, **more: str) -> int:
 def install(folder: Path, versions: tuple[str, ...]) -> Path:
     """A copy of the last commit, installed with these versions; the environment's Python."""
     source, python = folder / "source", folder / "venv" / "bin" / "python"
-    source.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(source, ignore_errors=True)
+    source.mkdir(parents=True)
     (folder / "constraints.txt").write_text("\n".join(versions) + "\n")
     steps: list[tuple[str | Path, ...]] = [
         ("sh", "-c", f'git -C "$0" archive HEAD | tar -x -C "{source}"', ROOT),

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -39,9 +40,7 @@ def total(x: Tensor, dims: Sequence[int] | None = None, keepdim: bool = False) -
         return torch.zeros(shape)
     n = x.permute(*kept, *axes).reshape(*(x.shape[d] for d in kept), -1) if x.dim() else x.view(1)
     n = F.pad(n.float(), (0, -n.shape[-1] % RUN)).unflatten(-1, (-1, RUN))
-    sums = torch.zeros_like(n[..., 0])
-    for i in range(RUN):
-        sums = sums + n[..., i]
+    sums = torch.from_numpy(np.add.accumulate(n.detach().numpy(), -1)[..., -1])  # prefixes: it can have no other order
     while sums.shape[-1] > 1:
         sums = F.pad(sums, (0, sums.shape[-1] % 2))
         half = sums.shape[-1] // 2
@@ -51,11 +50,11 @@ def total(x: Tensor, dims: Sequence[int] | None = None, keepdim: bool = False) -
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """(..., M, K) by (..., K, N) in float32, in the order of k."""
-    a, b = a.float(), b.float()
-    out = torch.zeros(*torch.broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1])
+    left, right = a.detach().float().numpy(), b.detach().float().numpy()
+    out = np.zeros((*np.broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1]), np.float32)
     for k in range(a.shape[-1]):
-        out.add_(a[..., k, None] * b[..., k, None, :])
-    return out
+        out += left[..., k, None] * right[..., k, None, :]
+    return torch.from_numpy(out)
 
 
 def rounded(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -233,6 +232,10 @@ def _fuses(name: str, kwargs: dict[str, Any]) -> bool:
 
 
 class _Sums(TorchDispatchMode):
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing here is compiled, and importing the compiler takes two seconds of each process
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         floats = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.is_floating_point()]

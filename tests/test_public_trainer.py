@@ -177,10 +177,20 @@ class TestHelpers:
 INITIAL = json.loads((Path(__file__).parent / "golden" / "initial_weights.json").read_text())
 
 
+def measured_with_this_pytorch() -> bool:
+    """Whether ``trunc_normal_`` draws as where the weights were measured: by rejection, since PyTorch 2.12 or 2.13."""
+    torch.manual_seed(0)
+    normal = torch.empty(4).normal_(std=0.1)  # of which the bounds at 20 deviations cut nothing
+    torch.manual_seed(0)
+    return torch.equal(nn.init.trunc_normal_(torch.empty(4), std=0.1), normal)
+
+
 @pytest.mark.parametrize("case", INITIAL, ids=[str(case["seed"]) for case in INITIAL])
 def test_initial_weights_of_a_seed(case) -> None:
     """Sum, sum of absolute values and last element of each, measured on the published constructor; and what the
     generator gives next."""
+    if not measured_with_this_pytorch():
+        pytest.skip("this PyTorch draws from a truncated normal distribution in another way")
     resets = {kind: kind.reset_parameters for kind in (nn.Linear, nn.Conv2d, nn.LayerNorm)}
     torch.manual_seed(case["seed"])
     vae, var = build_vae_var("cpu", **case["arguments"])

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common/dtype.h"
-#include "varkern.h"
+#include "ops/arguments.h"
 
 namespace varkern {
 namespace {

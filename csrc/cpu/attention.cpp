@@ -29,7 +29,7 @@ struct Workspace {
 template <typename T, typename Real>
 void attend(const BlockCausalAttentionForward& f, const Head<T>& head, int64_t first, int64_t rows, int64_t visible,
             const Workspace<Real>& w) {
-  const int64_t D = f.args.D, Dp = head.Dp, panels = Dp / kColumns<Real>;
+  const int64_t D = f.D, Dp = head.Dp, panels = Dp / kColumns<Real>;
   for (int64_t r = 0; r < rows; ++r) {
     head.read_q(first + r, w.q + r * Dp);
     w.largest[r] = -Real(__builtin_inf()), w.total[r] = 0;
@@ -46,7 +46,7 @@ void attend(const BlockCausalAttentionForward& f, const Head<T>& head, int64_t f
     }
     multiply_panels<false, true>(w.scores, kTile, rows, w.v + key * Dp, kColumns<Real>, Dp, width, panels, w.out, Dp);
   }
-  const int64_t query = head.query(first), row = (head.b * f.args.H + head.h) * f.args.queries + query;
+  const int64_t query = head.query(first), row = (head.b * f.H + head.h) * f.queries + query;
   for (int64_t r = 0; r < rows; ++r) {
     Real* out = w.out + r * Dp;
     for (int64_t d = 0; d < Dp; d += kLanes<Real>) store(out + d, load(out + d) / w.total[r]);
@@ -59,7 +59,7 @@ void attend(const BlockCausalAttentionForward& f, const Head<T>& head, int64_t f
 template <typename T>
 const char* forward(const BlockCausalAttentionForward& f) {
   typedef typename Arithmetic<T>::type Real;
-  const BlockCausalAttention& a = f.args;
+  const BlockCausalAttention& a = f;
   const int64_t heads = a.B * a.H, work = heads * visible_pairs(a) * a.D * 2;
   const int64_t all = thread_count(INT64_MAX, work / kWorkPerByte);
   // With few heads each is shared: its blocks go round a number of parts. A part packs the keys again, which is little
@@ -97,7 +97,7 @@ const char* forward(const BlockCausalAttentionForward& f) {
 }  // namespace
 
 const char* block_causal_attention_forward(const BlockCausalAttentionForward& args) {
-  return dispatch_element(args.args.dtype, [&](auto element) { return forward<decltype(element)>(args); });
+  return dispatch_element(args.dtype, [&](auto element) { return forward<decltype(element)>(args); });
 }
 
 }  // namespace varkern::cpu::VARKERN_LEVEL

@@ -4,49 +4,17 @@
 // Queries are worked on in blocks of rows of one scale. Such rows see the same keys, so nothing here ever looks at a
 // mask: a block ends at its last visible key. Arithmetic is Real: double for double, float for every other type.
 //
-// Internal linkage only, as in vector.h.
+// Internal linkage only, as in simd/vector.h.
 #pragma once
 
-#include "cpu/parallel.h"
-#include "cpu/product.h"
-#include "varkern.h"
+#include "cpu/arena.h"
+#include "cpu/simd/exponential.h"
+#include "cpu/simd/product.h"
+#include "cpu/threads.h"
+#include "ops/attention.h"
 
 namespace varkern {
 namespace {
-
-template <typename Real>
-inline Real sum(Vector<Real> v) {
-  Real total = v[0];
-  for (int i = 1; i < kLanes<Real>; ++i) total += v[i];
-  return total;
-}
-
-template <typename Real>
-inline Real dot(const Real* a, const Real* b, int64_t n) {
-  Vector<Real> total{};
-  for (int64_t i = 0; i < n; i += kLanes<Real>) total += load(a + i) * load(b + i);
-  return sum<Real>(total);
-}
-
-// e^x for x <= 0 or so, by 2^n e^r with |r| <= ln(2) / 2; 0 where the result would not be a normal number.
-template <typename Real>
-inline Vector<Real> exponential(Vector<Real> x) {
-  typedef Lanes<Real> L;
-  typedef typename L::bits Bits;
-  constexpr Real shift = Real(3) * Real(uint64_t(1) << (L::mantissa - 1));  // adding it rounds to an integer
-  constexpr Real ln2_high = sizeof(Real) == 4 ? Real(0.693359375) : Real(6.93147180369123816490e-01);
-  constexpr Real ln2_low = sizeof(Real) == 4 ? Real(-2.12194440e-4) : Real(1.90821492927058770002e-10);
-  const Vector<Real> shifted = x * Real(1.4426950408889634) + shift, n = shifted - shift;
-  const Vector<Real> r = x - n * ln2_high - n * ln2_low;
-  Real inverse_factorial = 1;
-  for (int i = 2; i <= L::degree; ++i) inverse_factorial /= Real(i);
-  Vector<Real> p = Vector<Real>{} + inverse_factorial;
-#pragma GCC unroll 16
-  for (int i = L::degree; i > 0; --i) p = p * r + (inverse_factorial *= Real(i));
-  const Bits power = ((Bits)shifted << L::mantissa) + (typename L::bits{} + (uint64_t(L::bias) << L::mantissa));
-  const auto vanishes = x < Real(1 - L::bias) * Real(0.6931471805599453);
-  return (Vector<Real>)((Bits)(p * (Vector<Real>)power) & ~(Bits)vanishes);
-}
 
 // n elements as Real, then zeros up to padded, a multiple of the lanes.
 template <typename T>
@@ -88,7 +56,7 @@ inline Real softmax_row(Real* scores, int64_t width, int64_t padded, Real& large
   const Real shrink = maximum == largest ? Real(1) : Real(__builtin_exp(double(largest - maximum)));
   Vector<Real> added{};
   for (int64_t j = 0; j < padded; j += kLanes<Real>) {
-    const Vector<Real> p = exponential<Real>(load(scores + j) - maximum);
+    const Vector<Real> p = exponential_or_zero<Real>(load(scores + j) - maximum);
     store(scores + j, p);
     added += p;
   }

@@ -47,7 +47,7 @@ void softmax_row_backward(Real* p, Real* grad_scores, int64_t width, int64_t pad
                           Real delta) {
   const Real inverse = 1 / total;
   for (int64_t j = 0; j < padded; j += kLanes<Real>) {
-    const Vector<Real> probability = exponential<Real>(load(p + j) - largest) * inverse;
+    const Vector<Real> probability = exponential_or_zero<Real>(load(p + j) - largest) * inverse;
     store(p + j, probability);
     store(grad_scores + j, probability * (load(grad_scores + j) - delta));
   }
@@ -57,8 +57,8 @@ void softmax_row_backward(Real* p, Real* grad_scores, int64_t width, int64_t pad
 template <typename T, typename Real>
 void attend_backward(const BlockCausalAttentionBackward& f, const Head<T>& head, int64_t first, int64_t rows,
                      int64_t visible, const Workspace<Real>& w, HeadSums& sums) {
-  const int64_t D = f.args.D, Dp = head.Dp, columns = kColumns<Real>, panels = Dp / columns;
-  const int64_t row = (head.b * f.args.H + head.h) * f.args.L + first;
+  const int64_t D = f.D, Dp = head.Dp, columns = kColumns<Real>, panels = Dp / columns;
+  const int64_t row = (head.b * f.H + head.h) * f.L + first;
   const Real *largest = (const Real*)f.largest + row, *total = (const Real*)f.total + row;
   for (int64_t r = 0; r < rows; ++r) {
     Real *out = w.grad_q + r * Dp, *grad_out = w.grad_out + r * Dp;
@@ -93,7 +93,7 @@ void attend_backward(const BlockCausalAttentionBackward& f, const Head<T>& head,
 
 template <typename T, typename Real>
 void head_backward(const BlockCausalAttentionBackward& f, int64_t index, const Workspace<Real>& w) {
-  const BlockCausalAttention& a = f.args;
+  const BlockCausalAttention& a = f;
   const Head<T> head(a, index);
   const int64_t D = a.D, Dp = head.Dp;
   // grad_v's memory holds v until its panels are made.
@@ -129,7 +129,7 @@ void head_backward(const BlockCausalAttentionBackward& f, int64_t index, const W
 template <typename T>
 const char* backward(const BlockCausalAttentionBackward& f) {
   typedef typename Arithmetic<T>::type Real;
-  const BlockCausalAttention& a = f.args;
+  const BlockCausalAttention& a = f;
   const int64_t heads = a.B * a.H;
   const int threads = thread_count(heads, heads * visible_pairs(a) * a.D * 5 / kWorkPerByte);
   Workspace<Real>* workspaces = nullptr;
@@ -152,7 +152,7 @@ const char* backward(const BlockCausalAttentionBackward& f) {
 }  // namespace
 
 const char* block_causal_attention_backward(const BlockCausalAttentionBackward& args) {
-  return dispatch_element(args.args.dtype, [&](auto element) { return backward<decltype(element)>(args); });
+  return dispatch_element(args.dtype, [&](auto element) { return backward<decltype(element)>(args); });
 }
 
 }  // namespace varkern::cpu::VARKERN_LEVEL

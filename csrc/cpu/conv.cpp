@@ -4,10 +4,12 @@
 //
 // The interpolation points are 0, +-5/8, +-5/4 and infinity. Every constant of the data's transforms is then exact in
 // float32, and the root mean square error under half of what the common 0, +-1, +-2 give (docs/ops/conv.md).
-#include "cpu/exponential.h"
-#include "cpu/parallel.h"
-#include "cpu/product.h"
-#include "varkern.h"
+#include "ops/conv.h"
+
+#include "cpu/arena.h"
+#include "cpu/simd/exponential.h"
+#include "cpu/simd/product.h"
+#include "cpu/threads.h"
 
 namespace varkern::cpu::VARKERN_LEVEL {
 namespace {
@@ -30,8 +32,6 @@ struct Plan {
   int64_t u_plane, v_plane, m_plane;  // floats from one point to the next
   int threads;
 };
-
-inline int64_t divide_up(int64_t n, int64_t d) { return (n + d - 1) / d; }
 
 Plan make_plan(const Conv3x3& a) {
   Plan p;
@@ -98,8 +98,8 @@ void transform_weights(const Conv3x3& a, const Plan& p, int64_t first_output, in
       Floats g[9], half[18], full[kPoints];
       const int64_t count = c < a.C ? minimum(kWidth, a.outputs - o) : 0;
       for (int64_t lane = 0; lane < count; ++lane) {
-        const float* w = a.weight + (o + lane) * a.weight_stride[0] + c * a.weight_stride[1];
-        for (int i = 0; i < 9; ++i) taps[i][lane] = w[i / 3 * a.weight_stride[2] + i % 3 * a.weight_stride[3]];
+        const float* w = a.weight + (o + lane) * a.weight_stride_o + c * a.weight_stride_c;
+        for (int i = 0; i < 9; ++i) taps[i][lane] = w[i / 3 * a.weight_stride_h + i % 3 * a.weight_stride_w];
       }
       for (int i = 0; i < 9; ++i) g[i] = load(taps[i]);
       for (int j = 0; j < 3; ++j) transform_filter(g + j, 3, half + j, 3);
@@ -108,13 +108,6 @@ void transform_weights(const Conv3x3& a, const Plan& p, int64_t first_output, in
       for (int i = 0; i < kPoints; ++i) store(target + i * p.u_plane, full[i]);
     }
   }
-}
-
-inline Floats silu(Floats x) {
-  const Floats most = Floats{} + 87.0f;
-  Floats minus = -x > most ? most : -x;
-  minus = minus < -most ? -most : minus;
-  return x / (1.0f + exponential(minus));
 }
 
 // The pixels (y0.., x0..) of the output's grid that a block reads, normalised, zeros outside the image.

@@ -1,11 +1,12 @@
 // Group normalisation with SiLU on the CPU: statistics of chunks of pixels, their combination, then one pass that
 // applies it. Vectorised over channels where they lie next to each other (channels_last), else over pixels.
+#include "ops/group_norm.h"
+
 #include "common/dispatch_dtype.h"
-#include "cpu/exponential.h"
-#include "cpu/lanes.h"
-#include "cpu/parallel.h"
-#include "cpu/workspace.h"
-#include "varkern.h"
+#include "cpu/arena.h"
+#include "cpu/simd/exponential.h"
+#include "cpu/simd/lanes.h"
+#include "cpu/threads.h"
 
 namespace varkern::cpu::VARKERN_LEVEL {
 namespace {
@@ -16,12 +17,6 @@ constexpr int64_t kChunkBytes = 64 * 1024, kChunkSum = 512;
 constexpr int64_t kMaxChunks = 128;  // of an image: what is combined stays little beside what is read
 constexpr int64_t kRun = 8;
 constexpr int64_t kSampled = 4;  // every fourth pixel, or vector, decides around what the squares are taken
-
-inline Floats silu(Floats v) {
-  Floats x = -v;  // what is not a number stays so: v is divided by it
-  x = select(x > 87.0f, Floats{} + 87.0f, select(x < -87.0f, Floats{} - 87.0f, x));
-  return v / (1.0f + exponential(x));
-}
 
 // How an image is cut, by its shape alone.
 struct Chunks {

@@ -1,58 +1,14 @@
-// Modulated layer norm on the CPU, alone and after a gated residual: one row at a time in the first-level cache,
-// vectorised over C, threads over rows.
+// Modulated layer norm on the CPU: one row at a time in the first-level cache, vectorised over C, threads over rows.
+#include "ops/norm.h"
+
 #include "common/dispatch_dtype.h"
-#include "cpu/lanes.h"
-#include "cpu/parallel.h"
-#include "varkern.h"
+#include "cpu/rows.h"
+#include "cpu/threads.h"
 
 namespace varkern::cpu::VARKERN_LEVEL {
 namespace {
 
 constexpr int64_t kBackwardRows = 32;  // rows of one partial sum of grad_scale and grad_shift
-
-struct Statistics {
-  float mean, rstd;
-};
-
-// Two passes, the second around the mean: E[x^2] - mean^2 would cancel when |mean| is large.
-template <typename X>
-Statistics row_statistics(const X* x, int64_t C, float eps) {
-  const int64_t body = C / kWidth * kWidth, tail = C - body, unrolled = body / (4 * kWidth) * (4 * kWidth);
-  Floats sum[4] = {};
-  int64_t c = 0;
-  for (; c < unrolled; c += 4 * kWidth) {
-    for (int k = 0; k < 4; ++k) sum[k] += load(x + c + k * kWidth);
-  }
-  for (; c < body; c += kWidth) sum[0] += load(x + c);
-  if (tail) sum[1] += load(x + body, tail);
-  const float mean = sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3])) / float(C);
-
-  Floats square[4] = {};
-  for (c = 0; c < unrolled; c += 4 * kWidth) {
-    for (int k = 0; k < 4; ++k) {
-      const Floats d = load(x + c + k * kWidth) - mean;
-      square[k] += d * d;
-    }
-  }
-  for (; c < body; c += kWidth) {
-    const Floats d = load(x + c) - mean;
-    square[0] += d * d;
-  }
-  if (tail) {
-    const Floats d = select(first_lanes(tail), load(x + body, tail) - mean, Floats{});
-    square[1] += d * d;
-  }
-  const float variance = sum_lanes((square[0] + square[1]) + (square[2] + square[3])) / float(C);
-  return {mean, 1.0f / __builtin_sqrtf(variance + eps)};
-}
-
-template <typename X, typename Cond, typename Out>
-void normalise_row(const X* x, Statistics s, const Cond* scale, const Cond* shift, Out* out, int64_t C) {
-  for_each_vector(C, [&](int64_t c, auto lanes) {
-    const Floats h = (load(x + c, lanes) - s.mean) * s.rstd;
-    store(out + c, h * (1.0f + load(scale + c, lanes)) + load(shift + c, lanes), lanes);
-  });
-}
 
 template <typename X, typename Cond, typename Out>
 void forward(const ModulatedLayerNormForward& a) {
@@ -69,25 +25,6 @@ void forward(const ModulatedLayerNormForward& a) {
     normalise_row(x, s, scale, shift, out, C);
     if (a.mean) a.mean[row] = s.mean;
     if (a.rstd) a.rstd[row] = s.rstd;
-  }
-}
-
-// A row is updated and then normalised while it is in the first-level cache.
-template <typename X, typename H, typename Cond, typename Out>
-void gated_forward(const GatedResidualLayerNorm& a) {
-  const int64_t rows = a.B * a.L, C = a.C;
-  const int threads = thread_count(rows, rows * C * int64_t(2 * sizeof(X) + sizeof(H) + sizeof(Out)));
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-  for (int64_t row = 0; row < rows; ++row) {
-    const int64_t b = row / a.L, l = row % a.L;
-    X* x = (X*)a.x + row * C;
-    const H* h = (const H*)a.h + b * a.h_stride_b + l * a.h_stride_l;
-    const Cond* gate = (const Cond*)a.gate + b * a.gate_stride_b;
-    for_each_vector(C, [&](int64_t c, auto lanes) {
-      store(x + c, load(x + c, lanes) + load(gate + c, lanes) * load(h + c, lanes), lanes);
-    });
-    normalise_row((const X*)x, row_statistics(x, C, a.eps), (const Cond*)a.scale + b * a.scale_stride_b,
-                  (const Cond*)a.shift + b * a.shift_stride_b, (Out*)a.out + row * C, C);
   }
 }
 
@@ -176,16 +113,6 @@ const char* modulated_layer_norm_forward(const ModulatedLayerNormForward& args) 
     typedef decltype(types) T;
     forward<typename T::x, typename T::cond, typename T::out>(args);
     return nullptr;
-  });
-}
-
-const char* gated_residual_layer_norm(const GatedResidualLayerNorm& args) {
-  return dispatch_promoted(args.x_dtype, args.cond_dtype, args.out_dtype, [&](auto types) {
-    typedef decltype(types) T;
-    return dispatch_dtype(args.h_dtype, [&](auto h) -> const char* {
-      gated_forward<typename T::x, decltype(h), typename T::cond, typename T::out>(args);
-      return nullptr;
-    });
   });
 }
 

@@ -35,18 +35,18 @@ Draw draw(const float* x, float* e, const float* noise, int64_t V, float floor, 
     const Floats v = load(x + i);
     Floats mass;
     if (kFirst) {
-      mass = choose(v >= floor, relative_mass(v, max), Floats{});
+      mass = select(v >= floor, relative_mass(v, max), Floats{});
       store(e + i, mass);
       total[k] += mass;
     } else {
-      mass = choose(v >= floor, load(e + i), Floats{});
+      mass = select(v >= floor, load(e + i), Floats{});
     }
     const Floats ratio = mass / q;
     const Mask better = ratio > best[k];
-    const Floats less = choose(better, best[k], ratio);
-    second[k] = choose(less > second[k], less, second[k]);
-    best[k] = choose(better, ratio, best[k]);
-    index[k] = choose(better, here, index[k]);
+    const Floats less = select(better, best[k], ratio);
+    second[k] = select(less > second[k], less, second[k]);
+    best[k] = select(better, ratio, best[k]);
+    index[k] = select(better, here, index[k]);
     valid[k] &= q > 0.0f;
     here += kWidth;
   };
@@ -57,7 +57,7 @@ Draw draw(const float* x, float* e, const float* noise, int64_t V, float floor, 
   }
   for (; i < V; i += kWidth) {
     const int64_t n = V - i < kWidth ? V - i : kWidth;
-    take(i, 0, choose(first_lanes(n), load(noise + i, n), Floats{} + __builtin_inff()));
+    take(i, 0, select(first_lanes(n), load(noise + i, n), Floats{} + __builtin_inff()));
   }
   Draw result{best[0][0], second[0][0], index[0][0], sum_lanes(total[0] + total[1]), true};
   for (int k = 0; k < 2; ++k) {
@@ -94,7 +94,7 @@ Verdict judge(const float* x, const float* e, int64_t V, int32_t drawn, float ma
   for (int64_t i = 0; i < V; i += kGroup) {  // e is padded by the draw: -inf is below every threshold
     for (int k = 0; k < 4; ++k) {
       const Floats v = load(x + i + k * kWidth);
-      below[k] += choose(v < value, load(e + i + k * kWidth), Floats{});
+      below[k] += select(v < value, load(e + i + k * kWidth), Floats{});
       equal[k] -= v == value;
     }
   }

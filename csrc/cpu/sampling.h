@@ -1,12 +1,12 @@
 // What the CPU kernels of token sampling share: a row of guided logits, and the threshold of top-k.
 //
 // To be compiled with -ffp-contract=off: the guided logits must be rounded as PyTorch rounds them, after each
-// operation. Internal linkage only, as in vector.h.
+// operation. Internal linkage only, as in simd/vector.h.
 #pragma once
 
-#include "cpu/exponential.h"
-#include "cpu/parallel.h"
-#include "varkern.h"
+#include "cpu/simd/exponential.h"
+#include "cpu/threads.h"
+#include "ops/sampling.h"
 
 namespace varkern {
 namespace {
@@ -16,9 +16,6 @@ constexpr int64_t kGroup = 4 * kWidth;  // rows are padded by -inf to whole grou
 // Below max + kDepth a float32 probability may be subnormal and have any relative error; below max + kUnderflow,
 // exp is zero in float32 and a logit is as good as excluded.
 constexpr float kDepth = -64.0f, kUnderflow = -104.0f;
-
-inline Floats choose(Mask mask, Floats a, Floats b) { return mask ? a : b; }
-inline Mask choose(Mask mask, Mask a, Mask b) { return mask ? a : b; }
 
 struct Extent {
   float low, high;
@@ -37,7 +34,7 @@ inline Extent load_row(const Args& a, int64_t row, int64_t size, float* x) {
   Mask nan{};
   const auto take = [&](int64_t i, int k, Floats c, Floats u) {
     const Floats v = uncond ? scale * c - guidance * u : c;
-    low[k] = choose(v < low[k], v, low[k]), high[k] = choose(v > high[k], v, high[k]);
+    low[k] = select(v < low[k], v, low[k]), high[k] = select(v > high[k], v, high[k]);
     nan |= v != v;
     store(x + i, v);
   };
@@ -51,8 +48,8 @@ inline Extent load_row(const Args& a, int64_t row, int64_t size, float* x) {
   for (; i < V; i += kWidth) {  // past V, the lanes repeat the first logit
     const int64_t n = V - i < kWidth ? V - i : kWidth;
     const Mask inside = first_lanes(n);
-    const Floats c = choose(inside, load(cond + i, n), Floats{} + to_float(cond[0]));
-    take(i, 0, c, uncond ? choose(inside, load(uncond + i, n), Floats{} + to_float(uncond[0])) : Floats{});
+    const Floats c = select(inside, load(cond + i, n), Floats{} + to_float(cond[0]));
+    take(i, 0, c, uncond ? select(inside, load(uncond + i, n), Floats{} + to_float(uncond[0])) : Floats{});
   }
   for (i = V; i < size; ++i) x[i] = -__builtin_inff();
   Extent extent{low[0][0], high[0][0], true};
@@ -126,7 +123,7 @@ inline double mass_error(int64_t V) { return (double(V) / 2 + 128) * 0x1p-24; }
 // e = exp(x - max), not below exp(kDepth).
 inline Floats relative_mass(Floats x, float max) {
   const Floats depth = x - max;
-  return exponential(choose(depth > kDepth, depth, Floats{} + kDepth));
+  return exponential(select(depth > kDepth, depth, Floats{} + kDepth));
 }
 
 constexpr const char* kOutOfMemory = "out of memory for the rows of token sampling";
@@ -152,11 +149,7 @@ inline bool for_each_row(int64_t rows, int64_t V, int64_t bytes, const Body& bod
   float* workspace = (float*)(memory + (64 - uintptr_t(memory) % 64));
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-#ifdef _OPENMP
-    float* scratch = workspace + omp_get_thread_num() * 2 * size;
-#else
-    float* scratch = workspace;
-#endif
+    float* scratch = workspace + thread_number() * 2 * size;
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < rows; ++row) body(row, size, scratch, scratch + size);
   }

@@ -18,7 +18,7 @@ Part part_below(const float* x, const float* e, int64_t size, float pivot) {
   for (int64_t i = 0; i < size; i += kGroup) {
     for (int k = 0; k < 4; ++k) {
       const Mask below = load(x + i + k * kWidth) < pivot;
-      mass[k] += choose(below, load(e + i + k * kWidth), Floats{});
+      mass[k] += select(below, load(e + i + k * kWidth), Floats{});
       count[k] -= below;
     }
   }
@@ -33,7 +33,7 @@ float least_from(const float* x, int64_t size, float pivot) {
   for (int64_t i = 0; i < size; i += 2 * kWidth) {
     for (int k = 0; k < 2; ++k) {
       const Floats v = load(x + i + k * kWidth);
-      least[k] = choose(v >= pivot, choose(v < least[k], v, least[k]), least[k]);
+      least[k] = select(v >= pivot, select(v < least[k], v, least[k]), least[k]);
     }
   }
   float value = least[0][0];
@@ -47,7 +47,7 @@ float least_from(const float* x, int64_t size, float pivot) {
 float top_p_threshold(const float* x, float* e, int64_t size, int64_t V, float floor, float max, float excluded) {
   for (int64_t i = 0; i < size; i += kWidth) {
     const Floats v = load(x + i);
-    store(e + i, choose(v >= floor, relative_mass(v, max), Floats{}));
+    store(e + i, select(v >= floor, relative_mass(v, max), Floats{}));
   }
   float low = floor, end = float_at(order_of(max) + 1);
   Part under_low = part_below(x, e, size, low), under_end = part_below(x, e, size, end);
@@ -82,8 +82,8 @@ bool filter_row(const FilterLogits& a, int64_t row, int64_t size, float* x, floa
   float* out = a.out + row * a.V;
   const Floats excluded = Floats{} - __builtin_inff();
   int64_t i = 0;
-  for (; i + kWidth <= a.V; i += kWidth) store(out + i, choose(load(x + i) >= floor, load(x + i), excluded));
-  if (i < a.V) store(out + i, choose(load(x + i) >= floor, load(x + i), excluded), a.V - i);
+  for (; i + kWidth <= a.V; i += kWidth) store(out + i, select(load(x + i) >= floor, load(x + i), excluded));
+  if (i < a.V) store(out + i, select(load(x + i) >= floor, load(x + i), excluded), a.V - i);
   return true;
 }
 

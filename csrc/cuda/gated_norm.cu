@@ -7,7 +7,7 @@
 #include "common/dispatch_dtype.h"
 #include "common/launch.cuh"
 #include "cuda/rows.cuh"
-#include "varkern.h"
+#include "ops/gated_norm.h"
 
 namespace varkern::cuda {
 namespace {

@@ -6,7 +6,7 @@
 #include "common/device.cuh"
 #include "common/dispatch_dtype.h"
 #include "common/launch.cuh"
-#include "varkern.h"
+#include "ops/group_norm.h"
 
 namespace varkern::cuda {
 namespace {
@@ -292,11 +292,11 @@ const char* group_norm_of(const GroupNorm& a, double* partial, int64_t chunk_pix
 
 }  // namespace
 
-const char* group_norm(const GroupNorm& args, double* partial, int64_t chunk_pixels, void* stream) {
+const char* group_norm(const CudaGroupNorm& args, void* stream) {
   if (args.B * args.C * args.P == 0) return nullptr;
-  if (chunk_pixels < 1 || chunk_pixels > 0x7fffffff / args.C) return "a chunk must have 1 to 2^31 / C pixels";
+  if (args.chunk_pixels < 1 || args.chunk_pixels > 0x7fffffff / args.C) return "a chunk must have 1 to 2^31 / C pixels";
   return dispatch_dtype(args.dtype, [&](auto element) {
-    return group_norm_of<decltype(element)>(args, partial, chunk_pixels, stream);
+    return group_norm_of<decltype(element)>(args, args.partial, args.chunk_pixels, stream);
   });
 }
 

@@ -7,7 +7,7 @@
 #include "common/dispatch_dtype.h"
 #include "common/launch.cuh"
 #include "cuda/rows.cuh"
-#include "varkern.h"
+#include "ops/norm.h"
 
 namespace varkern::cuda {
 namespace {
@@ -255,18 +255,17 @@ const char* modulated_layer_norm_forward(const ModulatedLayerNormForward& args, 
   });
 }
 
-const char* modulated_layer_norm_backward(const ModulatedLayerNormBackward& args, float* workspace, int64_t chunks,
-                                          void* stream) {
-  if (chunks < 1) return "the number of chunks must be at least 1";
+const char* modulated_layer_norm_backward(const CudaModulatedLayerNormBackward& args, void* stream) {
+  if (args.chunks < 1) return "the number of chunks must be at least 1";
   if (args.B * args.C == 0) return nullptr;
   const char* error = dispatch_promoted(args.x_dtype, args.cond_dtype, args.out_dtype, [&](auto types) {
     using T = decltype(types);
-    return backward<typename T::x, typename T::cond, typename T::out>(args, workspace, chunks, stream);
+    return backward<typename T::x, typename T::cond, typename T::out>(args, args.workspace, args.chunks, stream);
   });
   if (error) return error;
   const int64_t blocks = (2 * args.B * args.C + kMaxThreads - 1) / kMaxThreads;
-  return launch(reduce_kernel, blocks, kMaxThreads, stream, static_cast<const float*>(workspace), chunks,
-                args.grad_scale, args.grad_shift, args.B, args.C);
+  return launch(reduce_kernel, blocks, kMaxThreads, stream, static_cast<const float*>(args.workspace),
+                args.chunks, args.grad_scale, args.grad_shift, args.B, args.C);
 }
 
 }  // namespace varkern::cuda

@@ -8,7 +8,7 @@
 // alignment. Longer rows (kItems = 0) are read again from the cache at each step.
 #include "common/device.cuh"
 #include "common/launch.cuh"
-#include "varkern.h"
+#include "ops/sampling.h"
 
 namespace varkern::cuda {
 namespace {

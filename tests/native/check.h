@@ -13,7 +13,7 @@
 #include <random>
 
 #include "common/dtype.h"
-#include "varkern.h"
+#include "ops/arguments.h"
 
 namespace check {
 

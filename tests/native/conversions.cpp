@@ -1,6 +1,7 @@
-// Exposes the conversions of csrc/common/dtype.h and csrc/cpu/vector.h, and csrc/cpu/exponential.h, to test_native.py,
-// as compiled for one level.
-#include "cpu/exponential.h"
+// Exposes the conversions of csrc/common/dtype.h and csrc/cpu/simd/vector.h, and csrc/cpu/simd/exponential.h, to
+// test_native.py, as compiled for one level.
+#include "common/dtype.h"
+#include "cpu/simd/exponential.h"
 
 using namespace varkern;
 

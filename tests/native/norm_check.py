@@ -70,10 +70,11 @@ def forward(
     out = poison(B, L, C, dtype=torch.promote_types(x.dtype, scale.dtype))
     mean, rstd = poison(B * L), poison(B * L)
     pointers = [t.data_ptr() for t in (x, scale, shift, out, mean, rstd)]
-    strides = [x.stride(0), x.stride(1), scale.stride(0), shift.stride(0)]
-    codes = [CODES[t.dtype] for t in (x, scale, out)]
-    extra = [stream()] if CUDA else []
-    _C.modulated_layer_norm_forward(*pointers, B, L, C, *strides, *codes, eps, *extra)
+    strides = {"x_stride_b": x.stride(0), "x_stride_l": x.stride(1)}
+    strides |= {"scale_stride_b": scale.stride(0), "shift_stride_b": shift.stride(0)}
+    codes = {"x_dtype": CODES[x.dtype], "cond_dtype": CODES[scale.dtype], "out_dtype": CODES[out.dtype]}
+    extra = {"stream": stream()} if CUDA else {}
+    _C.modulated_layer_norm_forward(*pointers, B=B, L=L, C=C, **strides, **codes, eps=eps, **extra)
     return out, mean, rstd
 
 
@@ -83,11 +84,12 @@ def backward(
     B, L, C = x.shape
     grad_x, grad_scale, grad_shift = poison(B, L, C, dtype=x.dtype), poison(B, C), poison(B, C)
     pointers = [t.data_ptr() for t in (grad_out, x, scale, mean, rstd, grad_x, grad_scale, grad_shift)]
-    strides = [grad_out.stride(0), grad_out.stride(1), x.stride(0), x.stride(1), scale.stride(0)]
-    codes = [CODES[t.dtype] for t in (x, scale, grad_out)]
+    strides = {"grad_out_stride_b": grad_out.stride(0), "grad_out_stride_l": grad_out.stride(1)}
+    strides |= {"x_stride_b": x.stride(0), "x_stride_l": x.stride(1), "scale_stride_b": scale.stride(0)}
+    codes = {"x_dtype": CODES[x.dtype], "cond_dtype": CODES[scale.dtype], "out_dtype": CODES[grad_out.dtype]}
     workspace = poison(2, B, CHUNKS, C)
-    extra = [workspace.data_ptr(), CHUNKS, stream()] if CUDA else []
-    _C.modulated_layer_norm_backward(*pointers, B, L, C, *strides, *codes, *extra)
+    extra = {"workspace": workspace.data_ptr(), "chunks": CHUNKS, "stream": stream()} if CUDA else {}
+    _C.modulated_layer_norm_backward(*pointers, B=B, L=L, C=C, **strides, **codes, **extra)
     return grad_x, grad_scale, grad_shift
 
 

@@ -51,16 +51,22 @@ def load(name: str) -> None:
         CUDA = True
 
 
+def settings(logits: torch.Tensor, case: Case) -> dict[str, int | float]:
+    """The last arguments of both operations."""
+    layout = {"stride_b": logits.stride(0), "stride_n": logits.stride(1), "dtype": CODES[logits.dtype]}
+    choice = {"top_k": case.top_k, "top_p": case.top_p, "guidance": case.guidance or 0.0}
+    return {**layout, **choice, "guided": case.guidance is not None}
+
+
 def sample(logits: torch.Tensor, noise: torch.Tensor, case: Case) -> tuple[torch.Tensor, list[int]]:
     """Tokens (B * n) and, on the CPU, how many are undecided and without distribution."""
     twice, n, V = logits.shape
     B = twice if case.guidance is None else twice // 2
     tokens, status = (torch.full((size,), 1 << 40, dtype=torch.int64) for size in (B * n, 2))
     logits, noise, tokens = logits.to(DEVICE), noise.to(DEVICE), tokens.to(DEVICE)
-    stream = [torch.cuda.current_stream().cuda_stream if DEVICE == "cuda" else 0] if CUDA else []
+    stream = {"stream": torch.cuda.current_stream().cuda_stream if DEVICE == "cuda" else 0} if CUDA else {}
     pointers = [t.data_ptr() for t in (logits, noise, tokens, status)]
-    sizes = [B, n, V, logits.stride(0), logits.stride(1), case.top_k, case.guidance or 0.0, case.top_p]
-    _C.sample_tokens(*pointers, *sizes, CODES[logits.dtype], case.guidance is not None, *stream)
+    _C.sample_tokens(*pointers, B=B, n=n, V=V, **settings(logits, case), **stream)
     return tokens.cpu(), status.tolist()
 
 
@@ -69,9 +75,8 @@ def filter_rows(logits: torch.Tensor, case: Case) -> tuple[torch.Tensor, torch.T
     twice, n, V = logits.shape
     B = twice if case.guidance is None else twice // 2
     out, undecided = torch.full((B * n, V), torch.nan), torch.empty(B * n, dtype=torch.bool)
-    sizes = [B, n, V, logits.stride(0), logits.stride(1), case.top_k, case.guidance or 0.0, case.top_p]
     pointers = [logits.data_ptr(), out.data_ptr(), undecided.data_ptr()]
-    _C.filter_logits(*pointers, *sizes, CODES[logits.dtype], case.guidance is not None)
+    _C.filter_logits(*pointers, B=B, n=n, V=V, **settings(logits, case))
     return out, undecided
 
 

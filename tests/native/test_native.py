@@ -133,7 +133,7 @@ def test_cuda_kernels_under_emulation(tmp_path: Path) -> None:
     objects = [toolchain.emulated(source, flags, tmp_path / f"{source.stem}.o") for source in sources]
     module = tmp_path / "_C_cuda.so"
     toolchain.run([compiler, "-shared", *objects, toolchain.emulated_runtime(tmp_path), "-o", module])
-    for script in [*CHECKS, "decode_check.py", "fused_norm_check.py"]:
+    for script in [*CHECKS, "cached_attention_check.py", "fused_norm_check.py"]:
         assert run_check(script, str(module)) == "cuda ['emulation']"
 
 

@@ -40,7 +40,7 @@ __all__ = ["BACKENDS", "current_backend", "reference_forced", "use_backend"]
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
-# Element types the kernels take, with the codes of csrc/varkern.h.
+# Element types the kernels take, with the codes of csrc/ops/arguments.h.
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 

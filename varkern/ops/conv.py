@@ -234,6 +234,6 @@ def _launch(
         residual = residual.contiguous(memory_format=torch.channels_last)
     extension(backend).conv3x3(
         *(x.data_ptr(), weight.data_ptr(), pointer(bias), pointer(affine[0]), pointer(affine[1])),
-        *(pointer(residual), out.data_ptr(), B, H, W, C, weight.size(0), weight.stride(), upsample),
+        *(pointer(residual), out.data_ptr(), B, H, W, C, weight.size(0), *weight.stride(), upsample),
     )
     return out

@@ -32,9 +32,10 @@ void run(const Shape& s, DType dtype, bool silu, bool affine) {
   for (int64_t c = 0; c < C; ++c) {
     weight[c] = 1.0f + 0.5f * float(int32_t(random())) * 0x1p-31f, bias[c] = float(int32_t(random())) * 0x1p-31f;
   }
-  check::ran(varkern::cuda::group_norm({x.data(), weight.data(), bias.data(), affine ? nullptr : out.data(),
-                                        coefficients.data(), B, C, P, groups, dtype, channels_last, silu, 1e-6},
-                                       partial.data(), chunk_pixels, nullptr));
+  check::ran(varkern::cuda::group_norm({{x.data(), weight.data(), bias.data(), affine ? nullptr : out.data(),
+                                         coefficients.data(), B, C, P, groups, dtype, channels_last, silu, 1e-6},
+                                        partial.data(), chunk_pixels},
+                                       nullptr));
   const auto at = [&](int64_t b, int64_t c, int64_t p) {
     return channels_last ? (b * P + p) * C + c : (b * C + c) * P + p;
   };

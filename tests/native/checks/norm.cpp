@@ -51,10 +51,11 @@ void run(const Case& c) {
        stride, c.x_dtype, c.cond_dtype, c.out_dtype, eps},
       nullptr));
   check::ran(varkern::cuda::modulated_layer_norm_backward(
-      {grad_out.data(), x.data(), scale.data(), mean.data(), rstd.data(), grad_x.data(), grad_scale.data(),
-       grad_shift.data(), B, L, C, L * stride, stride, L * stride, stride, stride, c.x_dtype, c.cond_dtype,
-       c.out_dtype},
-      workspace.data(), chunks, nullptr));
+      {{grad_out.data(), x.data(), scale.data(), mean.data(), rstd.data(), grad_x.data(), grad_scale.data(),
+        grad_shift.data(), B, L, C, L * stride, stride, L * stride, stride, stride, c.x_dtype, c.cond_dtype,
+        c.out_dtype},
+       workspace.data(), chunks},
+      nullptr));
 
   for (int64_t b = 0; b < B; ++b) {
     std::vector<double> scale_sum(size_t(C), 0.0), shift_sum(size_t(C), 0.0);

@@ -17,8 +17,8 @@ def _lengths(lengths: tuple[int, ...]) -> Tensor:
     return torch.tensor(lengths, dtype=torch.int64, device="cpu")
 
 
-def _rows(tensor: Tensor) -> tuple[int, int, int, int]:
-    return tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)
+def _rows(*tensors: Tensor) -> list[int]:
+    return [number for t in tensors for number in (t.data_ptr(), *t.stride()[:3])]
 
 
 def _plain(prologue: Prologue, H: int, dtype: torch.dtype) -> Prologue:
@@ -55,10 +55,10 @@ def launch_forward(
         return
     prologue, table = _plain(prologue, H, statistics.dtype), _lengths(lengths)
     extension(backend).block_causal_attention_forward(
-        *map(_rows, inputs),
+        *_rows(*inputs),
         *map(pointer, prologue),
-        *(table.data_ptr(), len(lengths), B, H, L, D, _CODES[q.dtype], softmax_scale),
-        *(_rows(out), first.data_ptr(), second.data_ptr()),
+        *(table.data_ptr(), len(lengths), B, H, L, D, L, _CODES[q.dtype], softmax_scale),
+        *(*_rows(out), first.data_ptr(), second.data_ptr()),
     )
 
 
@@ -93,11 +93,11 @@ def launch_backward(
         return
     prologue, table = _plain(prologue, H, statistics.dtype), _lengths(lengths)
     extension(backend).block_causal_attention_backward(
-        *map(_rows, inputs),
+        *_rows(*inputs),
         *map(pointer, prologue),
-        *(table.data_ptr(), len(lengths), B, H, L, D, _CODES[q.dtype], softmax_scale),
-        *(_rows(grad_out), _rows(out), first.data_ptr(), second.data_ptr()),
-        *map(_rows, grads),
+        *(table.data_ptr(), len(lengths), B, H, L, D, L, _CODES[q.dtype], softmax_scale),
+        *(*_rows(grad_out, out), first.data_ptr(), second.data_ptr()),
+        *_rows(*grads),
         *map(pointer, shares),
     )
 

@@ -118,7 +118,7 @@ def _channels(Cv: int) -> str | None:
 
 @kept
 def _scales(sizes: tuple[int, ...], phi_of_scale: tuple[int, ...]) -> tuple[np.ndarray, int]:
-    """The schedule as csrc/varkern.h has it, (K, 3) int64: height, width, phi; and its address.
+    """The schedule as csrc/ops/quantize.h has it, (K, 3) int64: height, width, phi; and its address.
 
     Sizes without a phi of their own follow the last scale that runs.
     """

@@ -1,7 +1,7 @@
 // Loops over elements a vector at a time, the last one partly filled. Internal linkage only, as in vector.h.
 #pragma once
 
-#include "cpu/vector.h"
+#include "cpu/simd/vector.h"
 
 namespace varkern {
 namespace {

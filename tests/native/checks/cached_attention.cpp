@@ -1,8 +1,8 @@
-// Runs csrc/cuda/decode.cu against float64: every dtype, width and kernel, with and without splits of the keys.
+// Runs csrc/cuda/cached_attention.cu against float64: every dtype, width and kernel, the keys split and not.
 //
 // Two steps, so that no rounding is judged twice: what the append left in the scratch and in the cache against the
 // projection, then the output against softmax attention over what it left.
-#include "cuda/decode.cu"
+#include "cuda/cached_attention.cu"
 
 #include <math.h>
 
@@ -16,7 +16,7 @@ using check::Buffer;
 using varkern::DType;
 
 // Not an unnamed namespace: nvcc's stubs would confuse it with the unnamed one of csrc.
-namespace decode_check {
+namespace cached_attention_check {
 
 constexpr double kLog2e = 1.4426950408889634;
 
@@ -166,8 +166,8 @@ void check_output(const Step& t) {
 void run(const Shape& shape, DType dtype) {
   const Step t(shape, dtype);
   const double softmax_scale = shape.prologue ? 1.0 : 0.125;
-  check::ran(varkern::cuda::cached_attention(t.args(softmax_scale), shape.splits > 1 ? t.workspace.data() : nullptr,
-                                             shape.splits, nullptr));
+  float* workspace = shape.splits > 1 ? t.workspace.data() : nullptr;
+  check::ran(varkern::cuda::cached_attention({t.args(softmax_scale), workspace, shape.splits}, nullptr));
   check_append(t, softmax_scale);
   check_output(t);
 }
@@ -176,7 +176,7 @@ void run(const Shape& shape, DType dtype) {
 void run_wide_tile(DType dtype) {
   const Shape shape = {1, 130, 1, 64, 20, 0, 1, true};
   const Step t(shape, dtype);
-  check::ran(varkern::cuda::cached_attention(t.args(1.0), nullptr, 1, nullptr));
+  check::ran(varkern::cuda::cached_attention({t.args(1.0), nullptr, 1}, nullptr));
   Array keep(dtype, t.out.size());
   for (int64_t i = 0; i < keep.size(); ++i) keep.set(i, t.out.at(i)), const_cast<Array&>(t.out).set(i, NAN);
   const varkern::cuda::Attention a = {t.q.data(), t.cache.data(), static_cast<uint16_t*>(t.cache.data()) + t.N * 64,
@@ -190,10 +190,10 @@ void run_wide_tile(DType dtype) {
   }
 }
 
-}  // namespace decode_check
+}  // namespace cached_attention_check
 
 int main() {
-  using decode_check::Shape;
+  using cached_attention_check::Shape;
   const Shape shapes[] = {
       {2, 1, 1, 32, 0, 2, 1, true},     // a key alone
       {1, 3, 2, 128, 70, 1, 2, true},   // one warp, or eight rows of float32; a part of a tile in the last split
@@ -204,8 +204,8 @@ int main() {
       {1, 17, 1, 128, 64, 1, 1, false},
   };
   for (DType dtype : {varkern::kFloat32, varkern::kFloat16, varkern::kBFloat16}) {
-    for (const Shape& shape : shapes) decode_check::run(shape, dtype);
-    if (dtype != varkern::kFloat32) decode_check::run_wide_tile(dtype);
+    for (const Shape& shape : shapes) cached_attention_check::run(shape, dtype);
+    if (dtype != varkern::kFloat32) cached_attention_check::run_wide_tile(dtype);
   }
   return check::result();
 }

@@ -1,4 +1,4 @@
-// How many threads an operation gets. Internal linkage only, as in vector.h.
+// How many threads an operation gets, and which part of its work each does. Internal linkage only, as in simd/vector.h.
 #pragma once
 
 #include <stdint.h>
@@ -33,6 +33,28 @@ inline int thread_number() {
   return omp_get_thread_num();
 #else
   return 0;
+#endif
+}
+
+// The threads that work on one thing, and the share of one of them.
+struct Team {
+  int64_t rank, size;
+
+  void barrier() const {
+    if (size > 1) {
+#pragma omp barrier
+    }
+  }
+  int64_t begin(int64_t tasks) const { return tasks * rank / size; }
+  int64_t end(int64_t tasks) const { return tasks * (rank + 1) / size; }
+};
+
+// All threads of the parallel region.
+inline Team current_team() {
+#ifdef _OPENMP
+  return {omp_get_thread_num(), omp_get_num_threads()};
+#else
+  return {0, 1};
 #endif
 }
 

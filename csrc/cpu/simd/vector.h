@@ -28,9 +28,11 @@ typedef uint32_t Words __attribute__((vector_size(4 * kWidth)));
 typedef uint16_t Halves __attribute__((vector_size(2 * kWidth)));
 typedef int32_t Mask __attribute__((vector_size(4 * kWidth)));
 
-inline Floats select(Mask mask, Floats a, Floats b) { return (Floats)((mask & (Mask)a) | (~mask & (Mask)b)); }
-
-inline Words select(Mask mask, Words a, Words b) { return (Words)((mask & (Mask)a) | (~mask & (Mask)b)); }
+// a where the lanes of mask are set, else b; of Floats, Words or Mask.
+template <typename Lanes>
+inline Lanes select(Mask mask, Lanes a, Lanes b) {
+  return mask ? a : b;
+}
 
 // Lanes 0 .. n-1.
 inline Mask first_lanes(int64_t n) {

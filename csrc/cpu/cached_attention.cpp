@@ -1,5 +1,7 @@
 // Attention of one scale of a generation: its keys and values are made ready and put into the cache, then the kernel of
 // block-causal attention runs with only the last scale's positions as queries.
+#include "ops/cached_attention.h"
+
 #include "cpu/attention.h"
 
 namespace varkern::cpu::VARKERN_LEVEL {
@@ -63,7 +65,7 @@ struct FewWorkspace {
 
 template <typename T, typename Real>
 void attend_head(const BlockCausalAttentionForward& f, const Head<T>& head, const FewWorkspace<Real>& w) {
-  const BlockCausalAttention& a = f.args;
+  const BlockCausalAttention& a = f;
   const int64_t Dp = head.Dp, line = head.Lp, first = a.L - a.queries;
   for (int64_t r = 0; r < a.queries; ++r) head.read_q(first + r, w.q + r * Dp);
   for (int64_t key = 0; key < a.L; ++key) {
@@ -92,7 +94,7 @@ void attend_head(const BlockCausalAttentionForward& f, const Head<T>& head, cons
 template <typename T>
 bool attend_few(const BlockCausalAttentionForward& f) {
   typedef typename Arithmetic<T>::type Real;
-  const BlockCausalAttention& a = f.args;
+  const BlockCausalAttention& a = f;
   const int64_t heads = a.B * a.H, columns = kColumns<Real>;
   const int threads = thread_count(heads, heads * a.L * a.D * 2 * int64_t(sizeof(T)));
   FewWorkspace<Real>* workspaces = nullptr;

@@ -1,7 +1,7 @@
 // Multi-scale residual quantization on the CPU. A block of images goes through all scales together: residuals stay in
 // the second-level cache, and a panel of the codebook is read once a scale for all their positions. The distance
 // matrix never exists: each register tile of z.e ends in a comparison with the best so far.
-#include "cpu/residual.h"
+#include "cpu/quantize.h"
 
 namespace varkern::cpu::VARKERN_LEVEL {
 namespace {
@@ -22,8 +22,8 @@ float norm_or_one(float square) {
 }
 
 void pack_codes(const ResidualQuantize& a, const Codebook& book, int64_t panel) {
-  const int64_t Cv = a.maps.Cv, codes = minimum(kPanel, a.maps.V - panel * kPanel);
-  const float* source = a.maps.codebook + panel * kPanel * Cv;
+  const int64_t Cv = a.Cv, codes = minimum(kPanel, a.V - panel * kPanel);
+  const float* source = a.codebook + panel * kPanel * Cv;
   float* target = book.panels + panel * Cv * kPanel;
   for (int64_t k = 0; k < Cv; ++k) {
     for (int64_t i = 0; i < kPanel; ++i) target[k * kPanel + i] = i < codes ? source[i * Cv + k] : 0.0f;
@@ -56,14 +56,14 @@ void search_panels(const float* const* z, const Codebook& book, int64_t begin, i
     const float* offsets = book.offsets + panel * kPanel;
     Floats acc[R][2];
     for (int r = 0; r < R; ++r) acc[r][0] = load(offsets), acc[r][1] = load(offsets + kWidth);
-    multiply<R>(z, book.panels + panel * Cv * kPanel, kPanel, Cv, acc);
+    multiply_rows<R>(z, book.panels + panel * Cv * kPanel, kPanel, Cv, acc);
     const Mask low = Mask{} + int32_t(2 * panel), high = low + 1;
     for (int r = 0; r < R; ++r) {  // strictly greater, and panels in ascending order: the first of equals stays
       const Mask second = acc[r][1] > acc[r][0];
-      const Floats value = choose(second, acc[r][1], acc[r][0]);
-      const Mask vector = choose(second, high, low), better = value > best[r].value;
-      best[r].value = choose(better, value, best[r].value);
-      best[r].vector = choose(better, vector, best[r].vector);
+      const Floats value = select(second, acc[r][1], acc[r][0]);
+      const Mask vector = select(second, high, low), better = value > best[r].value;
+      best[r].value = select(better, value, best[r].value);
+      best[r].vector = select(better, vector, best[r].vector);
     }
   }
 }
@@ -130,10 +130,10 @@ Block make_block(const Plan& plan, int64_t images, int64_t threads, Arena& arena
 
 void load_line(const ResidualQuantize& a, int64_t Cp, int64_t b, int64_t y, float* rest) {
   const float* source = a.features + b * a.stride_b + y * a.stride_h;
-  for (int64_t x = 0; x < a.maps.W; ++x) {
-    float* row = rest + (y * a.maps.W + x) * Cp;
-    for (int64_t c = 0; c < a.maps.Cv; ++c) row[c] = source[c * a.stride_c + x * a.stride_w];
-    for (int64_t c = a.maps.Cv; c < Cp; ++c) row[c] = 0.0f;
+  for (int64_t x = 0; x < a.W; ++x) {
+    float* row = rest + (y * a.W + x) * Cp;
+    for (int64_t c = 0; c < a.Cv; ++c) row[c] = source[c * a.stride_c + x * a.stride_w];
+    for (int64_t c = a.Cv; c < Cp; ++c) row[c] = 0.0f;
   }
 }
 
@@ -147,7 +147,7 @@ void normalise(float* row, int64_t Cp) {
 // All scales of images [first, first + images). The work of every step is cut between the threads of the team.
 void encode(const ResidualQuantize& a, const Plan& plan, const Codebook& book, const Block& block, Team team,
             int64_t first, int64_t images) {
-  const int64_t Cp = plan.Cp, Cv = a.maps.Cv, H = a.maps.H, W = a.maps.W, map = H * W * Cp;
+  const int64_t Cp = plan.Cp, Cv = a.Cv, H = a.H, W = a.W, map = H * W * Cp;
   const int64_t spread = plan.highest * 3 * W * Cp;
   for (int64_t task = team.begin(images * H); task < team.end(images * H); ++task) {
     const int64_t image = task / H, y = task % H;
@@ -155,7 +155,7 @@ void encode(const ResidualQuantize& a, const Plan& plan, const Codebook& book, c
     fill_zero(block.f_hat + image * map + y * W * Cp, W * Cp);
   }
   team.barrier();
-  for (int64_t k = 0; k < a.maps.K; ++k) {
+  for (int64_t k = 0; k < a.K; ++k) {
     const Scale& scale = plan.scales[k];
     const int64_t positions = scale.h * scale.w, all = images * positions, lines = images * scale.h;
     for (int64_t task = team.begin(lines); task < team.end(lines); ++task) {
@@ -187,7 +187,7 @@ void encode(const ResidualQuantize& a, const Plan& plan, const Codebook& book, c
         }
         indices[j] = found.code;
       }
-      code_pointers(a.maps, indices, scale.w, codes);
+      code_pointers(a, indices, scale.w, codes);
       spread_line(plan, scale, codes, products, target + i * 3 * W * Cp);
     };
     if (team.size > 1) {
@@ -210,8 +210,8 @@ void encode(const ResidualQuantize& a, const Plan& plan, const Codebook& book, c
       }
     }
 
-    if (!a.all_f_hats && k + 1 < a.maps.K) continue;
-    float* out = a.f_hats + (a.all_f_hats ? k : 0) * a.maps.B * Cv * H * W;
+    if (!a.all_f_hats && k + 1 < a.K) continue;
+    float* out = a.f_hats + (a.all_f_hats ? k : 0) * a.B * Cv * H * W;
     for (int64_t task = team.begin(images * Cv); task < team.end(images * Cv); ++task) {
       const int64_t image = task / Cv, c = task % Cv;
       copy_channel_out(block.f_hat + image * map, Cp, c, H * W, out + ((first + image) * Cv + c) * H * W);
@@ -223,9 +223,9 @@ void encode(const ResidualQuantize& a, const Plan& plan, const Codebook& book, c
 }  // namespace
 
 const char* residual_quantize(const ResidualQuantize& a) {
-  const int64_t V = a.maps.V, Cv = a.maps.Cv, B = a.maps.B;
+  const int64_t V = a.V, Cv = a.Cv, B = a.B;
   int64_t positions = 0;
-  for (int64_t k = 0; k < a.maps.K; ++k) positions += a.maps.scales[3 * k] * a.maps.scales[3 * k + 1];
+  for (int64_t k = 0; k < a.K; ++k) positions += a.scales[3 * k] * a.scales[3 * k + 1];
   const int threads = thread_count(INT64_MAX, B * positions * (V + 18 * Cv) * Cv / kWorkPerByte);
   // With few images the threads share each of them, else each takes images of its own and needs no barrier.
   const bool together = threads > 1 && B < 4 * threads && B % threads != 0;
@@ -236,7 +236,7 @@ const char* residual_quantize(const ResidualQuantize& a) {
   Block first;
   int64_t block_bytes = 0;
   const auto prepare = [&](Arena& arena) {
-    plan = make_plan(a.maps, arena);
+    plan = make_plan(a, arena);
     book.count = (V + kPanel - 1) / kPanel;
     book.panels = arena.take<float>(book.count * kPanel * Cv);
     book.offsets = arena.take<float>(book.count * kPanel);

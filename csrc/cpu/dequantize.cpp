@@ -1,5 +1,5 @@
 // From codes to maps on the CPU: f_hat of every scale, the teacher-forcing input, and one step of generation.
-#include "cpu/residual.h"
+#include "cpu/quantize.h"
 
 namespace varkern::cpu::VARKERN_LEVEL {
 namespace {
@@ -39,7 +39,7 @@ int64_t map_work(const ResidualMaps& maps) {
 }  // namespace
 
 const char* residual_dequantize(const ResidualDequantize& a) {
-  const ResidualMaps& maps = a.maps;
+  const ResidualMaps& maps = a;
   const int64_t B = maps.B, K = maps.K, Cv = maps.Cv, H = maps.H, W = maps.W;
   const Division division(B, B * map_work(maps));
   int64_t inputs = 0;  // positions of all inputs of an image
@@ -57,7 +57,7 @@ const char* residual_dequantize(const ResidualDequantize& a) {
     products = arena.take<float>(division.threads * plan.widest * plan.N);
     codes = arena.take<const float*>(division.threads * plan.widest);
   };
-  const auto decode = [&](Team team, int64_t rank, int64_t number, int64_t b) {
+  const auto dequantize = [&](Team team, int64_t rank, int64_t number, int64_t b) {
     float *f_hat = f_hats + number * map, *spread = spreads + number * spread_size;
     float* input = a.inputs + b * inputs * Cv;
     fill_zero(f_hat + team.begin(H) * W * plan.Cp, (team.end(H) - team.begin(H)) * W * plan.Cp);
@@ -95,7 +95,7 @@ const char* residual_dequantize(const ResidualDequantize& a) {
       pack_phis(plan, all);
       all.barrier();
       division.run(B, all, [&](Team team, int64_t number, int64_t begin, int64_t end) {
-        for (int64_t b = begin; b < end; ++b) decode(team, all.rank, number, b);
+        for (int64_t b = begin; b < end; ++b) dequantize(team, all.rank, number, b);
       });
     }
   });
@@ -105,7 +105,8 @@ const char* residual_dequantize(const ResidualDequantize& a) {
 const char* next_scale_input(const NextScaleInput& a) {
   const int64_t B = a.B, Cv = a.Cv, H = a.H, W = a.W, area = H * W;
   const int64_t schedule[3] = {a.h, a.w, 0};
-  const ResidualMaps maps{nullptr, a.phi_weight, a.phi_bias, schedule, a.phi_weight ? 1 : 0, B, 0, Cv, H, W, 1, a.ratio};
+  const int64_t num_phis = a.phi_weight ? 1 : 0;
+  const ResidualMaps maps{nullptr, a.phi_weight, a.phi_bias, schedule, num_phis, B, 0, Cv, H, W, 1, a.ratio};
   const Division division(B, B * map_work(maps));
 
   Plan plan;

@@ -1,4 +1,4 @@
-// What the attention kernels of decode.cu share: their arguments, the cut into tasks, and the way a row leaves.
+// What the kernels of cached_attention.cu share: their arguments, the cut into tasks, and the way a row leaves.
 //
 // A task is a tile of queries of one head against one part of the keys. Scores come in powers of two: q' has log2(e) in
 // it. Over the keys a row keeps the largest score so far, the sum of 2^(score - largest), and the values weighted with
@@ -7,7 +7,7 @@
 
 #include "common/device.cuh"
 #include "common/launch.cuh"
-#include "varkern.h"
+#include "ops/cached_attention.h"
 
 namespace varkern::cuda {
 namespace {

@@ -1,4 +1,4 @@
-// Attention over the cache in float16 and bfloat16, on the tensor cores. See decode_attention.cuh.
+// Attention over the cache in float16 and bfloat16, on the tensor cores. See cached_attention.cuh.
 //
 // A warp keeps its 16 or 32 queries, their sums and their scores in registers, in the fragments of common/ptx.cuh; the
 // scores of a tile of keys are, rounded to T, the left factor of the product with its values. Tiles of keys and values
@@ -7,7 +7,7 @@
 #pragma once
 
 #include "common/ptx.cuh"
-#include "cuda/decode_attention.cuh"
+#include "cuda/cached_attention.cuh"
 
 namespace varkern::cuda {
 namespace {

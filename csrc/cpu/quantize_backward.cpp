@@ -3,7 +3,7 @@
 //
 // A task is one scale of one chunk of images. Chunks depend on B alone and partial sums are added in their order, so
 // the result does not depend on the number of threads.
-#include "cpu/residual.h"
+#include "cpu/quantize.h"
 
 namespace varkern::cpu::VARKERN_LEVEL {
 namespace {
@@ -50,10 +50,10 @@ void unpack_kernels(const Plan& plan, float* kernels, Team team) {
 
 // The gradient of the map of scale k of image b, (H * W, Cp): the sum of grad_f_hats from the last scale down to k.
 void map_gradient(const ResidualQuantizeBackward& a, int64_t Cp, int64_t k, int64_t b, float* planes, float* map) {
-  const int64_t Cv = a.maps.Cv, area = a.maps.H * a.maps.W, step = a.maps.B * Cv * area;
+  const int64_t Cv = a.Cv, area = a.H * a.W, step = a.B * Cv * area;
   const float* source = a.grad_f_hats + b * Cv * area;
-  __builtin_memcpy(planes, source + (a.maps.K - 1) * step, Cv * area * sizeof(float));
-  for (int64_t j = a.maps.K - 2; j >= k; --j) add(planes, source + j * step, Cv * area);
+  __builtin_memcpy(planes, source + (a.K - 1) * step, Cv * area * sizeof(float));
+  for (int64_t j = a.K - 2; j >= k; --j) add(planes, source + j * step, Cv * area);
   for (int64_t p = 0; p < area; ++p) {
     for (int64_t c = 0; c < Cp; ++c) map[p * Cp + c] = c < Cv ? planes[c * area + p] : 0.0f;
   }
@@ -93,12 +93,12 @@ void products_gradient(const Plan& plan, const Scale& scale, const float* map, f
 void backward_scale(const ResidualQuantizeBackward& a, const Plan& plan, const Gradients& g, int64_t rank, int64_t k,
                     int64_t chunk, int64_t begin, int64_t end) {
   const Scale& scale = plan.scales[k];
-  const int64_t Cp = plan.Cp, N = plan.N, Cv = a.maps.Cv, area = a.maps.H * a.maps.W, P = scale.h * scale.w;
+  const int64_t Cp = plan.Cp, N = plan.N, Cv = a.Cv, area = a.H * a.W, P = scale.h * scale.w;
   float *map = g.map + rank * area * Cp, *products = g.products + rank * plan.largest * N;
-  float *codes = g.codes + rank * Cp * plan.largest, *spread = g.spread + rank * plan.highest * 3 * a.maps.W * Cp;
+  float *codes = g.codes + rank * Cp * plan.largest, *spread = g.spread + rank * plan.highest * 3 * a.W * Cp;
   const float** rows = g.rows + rank * maximum(plan.largest, Cp);
-  float* weight_sum = g.weight_sums + (chunk * a.maps.K + k) * Cp * N;
-  float* bias_sum = g.bias_sums + (chunk * a.maps.K + k) * Cp;
+  float* weight_sum = g.weight_sums + (chunk * a.K + k) * Cp * N;
+  float* bias_sum = g.bias_sums + (chunk * a.K + k) * Cp;
   fill_zero(bias_sum, Cp);
   fill_zero(weight_sum, Cp * N);
   for (int64_t b = begin; b < end; ++b) {
@@ -107,11 +107,11 @@ void backward_scale(const ResidualQuantizeBackward& a, const Plan& plan, const G
     for (int64_t p = 0; p < P; ++p) rows[p] = products + p * N;
     float* code_grad = g.code_grads + (b * plan.positions + scale.first) * Cp;
     product<false>(rows, P, g.kernels + scale.phi * N * Cp, kPanel, Cp, N, Cp, code_grad, Cp);
-    if (!a.maps.num_phis) continue;
+    if (!a.num_phis) continue;
     for (int64_t p = 0; p < area; ++p) add(bias_sum, map + p * Cp, Cp);
     const int64_t* indices = a.indices + b * plan.positions + scale.first;
     for (int64_t p = 0; p < P; ++p) {
-      const float* code = a.maps.codebook + indices[p] * Cv;
+      const float* code = a.codebook + indices[p] * Cv;
       for (int64_t c = 0; c < Cv; ++c) codes[c * P + p] = code[c];
     }
     for (int64_t c = 0; c < Cv; ++c) rows[c] = codes + c * P;
@@ -122,44 +122,44 @@ void backward_scale(const ResidualQuantizeBackward& a, const Plan& plan, const G
 // The sums of all scales of a phi and all chunks, as (Cv, Cv, 3, 3) and (Cv): what goes into output channel co.
 void reduce_phi(const ResidualQuantizeBackward& a, const Plan& plan, const Gradients& g, int64_t chunks, int64_t phi,
                 int64_t co) {
-  const int64_t Cv = a.maps.Cv, Cp = plan.Cp, N = plan.N;
+  const int64_t Cv = a.Cv, Cp = plan.Cp, N = plan.N;
   float* weight = a.grad_phi_weight + (phi * Cv + co) * Cv * kTaps;
   float bias = 0;
   fill_zero(weight, Cv * kTaps);
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-    for (int64_t k = 0; k < a.maps.K; ++k) {
+    for (int64_t k = 0; k < a.K; ++k) {
       if (plan.scales[k].phi != phi) continue;
-      const float* sums = g.weight_sums + (chunk * a.maps.K + k) * Cp * N;
+      const float* sums = g.weight_sums + (chunk * a.K + k) * Cp * N;
       for (int64_t ci = 0; ci < Cv; ++ci) {
         for (int64_t tap = 0; tap < kTaps; ++tap) weight[ci * kTaps + tap] += sums[ci * N + tap * Cp + co];
       }
-      bias += g.bias_sums[(chunk * a.maps.K + k) * Cp + co];
+      bias += g.bias_sums[(chunk * a.K + k) * Cp + co];
     }
   }
-  for (int64_t i = 0; i < Cv * kTaps; ++i) weight[i] *= a.maps.ratio;
-  a.grad_phi_bias[phi * Cv + co] = a.maps.ratio * bias;
+  for (int64_t i = 0; i < Cv * kTaps; ++i) weight[i] *= a.ratio;
+  a.grad_phi_bias[phi * Cv + co] = a.ratio * bias;
 }
 
 }  // namespace
 
 const char* residual_quantize_backward(const ResidualQuantizeBackward& a) {
-  const int64_t B = a.maps.B, K = a.maps.K, V = a.maps.V, Cv = a.maps.Cv, area = a.maps.H * a.maps.W;
+  const int64_t B = a.B, K = a.K, V = a.V, Cv = a.Cv, area = a.H * a.W;
   const int64_t chunks = minimum(B, kChunks);
   int64_t positions = 0;
-  for (int64_t k = 0; k < K; ++k) positions += a.maps.scales[3 * k] * a.maps.scales[3 * k + 1];
+  for (int64_t k = 0; k < K; ++k) positions += a.scales[3 * k] * a.scales[3 * k + 1];
   const int threads =
       thread_count(INT64_MAX, B * (positions * 2 * kTaps * Cv * Cv + 16 * K * area * Cv) / kWorkPerByte);
   Plan plan;
   Gradients g{};
   const auto prepare = [&](Arena& arena) {
-    plan = make_plan(a.maps, arena);
+    plan = make_plan(a, arena);
     g.kernels = arena.take<float>(plan.phis() * plan.N * plan.Cp);
     g.code_grads = arena.take<float>(B * plan.positions * plan.Cp);
     g.weight_sums = arena.take<float>(chunks * K * plan.Cp * plan.N);
     g.bias_sums = arena.take<float>(chunks * K * plan.Cp);
     g.planes = arena.take<float>(threads * Cv * area);
     g.map = arena.take<float>(threads * area * plan.Cp);
-    g.spread = arena.take<float>(threads * plan.highest * 3 * a.maps.W * plan.Cp);
+    g.spread = arena.take<float>(threads * plan.highest * 3 * a.W * plan.Cp);
     g.products = arena.take<float>(threads * plan.largest * plan.N);
     g.codes = arena.take<float>(threads * plan.Cp * plan.largest);
     g.rows = arena.take<const float*>(threads * maximum(plan.largest, plan.Cp));
@@ -182,7 +182,7 @@ const char* residual_quantize_backward(const ResidualQuantizeBackward& a) {
         const int64_t code = a.indices[i];
         if (code >= first && code < last) add(a.grad_codebook + code * Cv, g.code_grads + i * plan.Cp, Cv);
       }
-      const int64_t outputs = a.maps.num_phis * Cv;
+      const int64_t outputs = a.num_phis * Cv;
       for (int64_t i = team.begin(outputs); i < team.end(outputs); ++i) reduce_phi(a, plan, g, chunks, i / Cv, i % Cv);
     }
   });

@@ -1,5 +1,5 @@
 // Attention over the cache in float32, without tensor cores: their tf32 would not give the tokens of the reference.
-// See decode_attention.cuh.
+// See cached_attention.cuh.
 //
 // Sixteen threads share kRows queries: each has the scores of every sixteenth key, and then, the powers exchanged
 // through shared memory, a sixteenth of the columns. Sums of a tile of keys are complete before they join those of the
@@ -7,7 +7,7 @@
 #pragma once
 
 #include "common/ptx.cuh"
-#include "cuda/decode_attention.cuh"
+#include "cuda/cached_attention.cuh"
 
 namespace varkern::cuda {
 namespace {

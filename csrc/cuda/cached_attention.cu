@@ -5,9 +5,9 @@
 // queries by the tensor cores: docs/ops/cached_attention.md has the figures.
 #include "common/device.cuh"
 #include "common/launch.cuh"
-#include "cuda/decode_float.cuh"
-#include "cuda/decode_half.cuh"
-#include "varkern.h"
+#include "cuda/cached_attention_float.cuh"
+#include "cuda/cached_attention_half.cuh"
+#include "ops/attention.h"
 
 namespace varkern::cuda {
 namespace {
@@ -106,40 +106,42 @@ __global__ void __launch_bounds__(kMaxThreads) combine_kernel(Attention a) {
 }
 
 template <typename T, int D>
-const char* run(const CachedAttention& c, float* workspace, int64_t splits, void* stream) {
+const char* run(const CudaCachedAttention& c, void* stream) {
   const int64_t warps = (c.H * D / kPack + kWarpSize - 1) / kWarpSize;
   const int threads = int(warps * kWarpSize < kMaxThreads ? warps * kWarpSize : kMaxThreads);
   const Append append = {c, float(c.softmax_scale * double(kLog2e))};
   const char* error = launch(append_kernel<T, D>, c.B * c.n, threads, stream, append);
   if (error) return error;
   T* keys = static_cast<T*>(c.cache);
-  const Attention a = {c.q,    keys,   keys + c.B * c.H * c.N * D, c.out,    workspace,           c.B * c.H,
-                       splits, int(c.H), int(c.n),                 int(c.N), int(c.position + c.n)};
+  const Attention a = {c.q,      keys,     keys + c.B * c.H * c.N * D, c.out,    c.workspace,          c.B * c.H,
+                       c.splits, int(c.H), int(c.n),                   int(c.N), int(c.position + c.n)};
   error = attend<D>(a, T{}, stream);
-  if (error || splits == 1) return error;
+  if (error || c.splits == 1) return error;
   const int64_t row_threads = a.heads * a.n * (D / kPack);
   return launch(combine_kernel<T, D>, (row_threads + kMaxThreads - 1) / kMaxThreads, kMaxThreads, stream, a);
 }
 
 template <typename T>
-const char* dispatch_width(const CachedAttention& c, float* workspace, int64_t splits, void* stream) {
+const char* dispatch_width(const CudaCachedAttention& c, void* stream) {
   switch (c.D) {
-    case 32: return run<T, 32>(c, workspace, splits, stream);
-    case 64: return run<T, 64>(c, workspace, splits, stream);
-    case 128: return run<T, 128>(c, workspace, splits, stream);
+    case 32: return run<T, 32>(c, stream);
+    case 64: return run<T, 64>(c, stream);
+    case 128: return run<T, 128>(c, stream);
     default: return "the CUDA kernels take heads of 32, 64 or 128 elements";
   }
 }
 
 }  // namespace
 
-const char* cached_attention(const CachedAttention& args, float* workspace, int64_t splits, void* stream) {
-  if (splits < 1 || (splits > 1 && !workspace)) return "the number of splits must be 1, or more with a workspace";
+const char* cached_attention(const CudaCachedAttention& args, void* stream) {
+  if (args.splits < 1 || (args.splits > 1 && !args.workspace)) {
+    return "the number of splits must be 1, or more with a workspace";
+  }
   if (args.B * args.H * args.n == 0) return nullptr;
   switch (args.dtype) {
-    case kFloat32: return dispatch_width<float>(args, workspace, splits, stream);
-    case kFloat16: return dispatch_width<float16>(args, workspace, splits, stream);
-    case kBFloat16: return dispatch_width<bfloat16>(args, workspace, splits, stream);
+    case kFloat32: return dispatch_width<float>(args, stream);
+    case kFloat16: return dispatch_width<float16>(args, stream);
+    case kBFloat16: return dispatch_width<bfloat16>(args, stream);
     default: return "unknown dtype code: 0 is float32, 1 float16, 2 bfloat16";
   }
 }

@@ -1,7 +1,7 @@
-"""The tests of cached attention through the CUDA backend, its kernels as plain C++: python decode_check.py PATH.
+"""The tests of cached attention through the CUDA backend, its kernels as plain C++.
 
-PATH is the module that test_native.py builds of the .cu files. Beside the kernels this runs what stands before them:
-the bindings, alignment, the number of splits.
+python cached_attention_check.py PATH, where PATH is the module that test_native.py builds of the .cu files. Beside the
+kernels this runs what stands before them: the bindings, alignment, the number of splits.
 """
 
 import importlib.util

@@ -1,4 +1,4 @@
-// What the residual quantizer's CPU kernels share: a register-tiled product, packing, and one scale's map.
+// What the residual quantizer's CPU kernels share: products with gathered rows, packing, and one scale's map.
 //
 // Maps are held channels-last, (H, W, Cp) float32 with the channels padded by zeros to Cp, a multiple of kBlock.
 //
@@ -6,61 +6,28 @@
 // phi act on channels, so they commute. The h * w codes are multiplied by all nine taps in one product, and upsampling
 // by shifted interpolation weights then does the rest. For the 256 px schedule that is a quarter of the arithmetic.
 //
-// Internal linkage only, as in vector.h.
+// Internal linkage only, as in simd/vector.h.
 #pragma once
 
-#include "cpu/parallel.h"
-#include "cpu/vector.h"
-#include "cpu/workspace.h"
-#include "varkern.h"
+#include "cpu/arena.h"
+#include "cpu/simd/product.h"
+#include "cpu/threads.h"
+#include "ops/quantize.h"
 
 namespace varkern {
 namespace {
 
 constexpr int kBlock = 32;                     // channels are padded to a multiple of this
 constexpr int kBlockVectors = kBlock / kWidth;
-constexpr int kPanel = 2 * kWidth;             // columns of one register tile
+constexpr int kPanel = int(kColumns<float>);   // columns of one register tile
 constexpr int kTaps = 9;                       // of the 3 x 3 convolution
 
-inline Floats choose(Mask mask, Floats a, Floats b) { return mask ? a : b; }
-inline Mask choose(Mask mask, Mask a, Mask b) { return mask ? a : b; }
-
-// The threads that work on one thing, and the share of one of them.
-struct Team {
-  int64_t rank, size;
-
-  void barrier() const {
-    if (size > 1) {
-#pragma omp barrier
-    }
-  }
-  int64_t begin(int64_t tasks) const { return tasks * rank / size; }
-  int64_t end(int64_t tasks) const { return tasks * (rank + 1) / size; }
-};
-
-inline Team current_team() {
-#ifdef _OPENMP
-  return {omp_get_thread_num(), omp_get_num_threads()};
-#else
-  return {0, 1};
-#endif
-}
-
-// acc[r] += sum over k of rows[r][k] * (line k of the panel), kPanel columns at a time. Every element is summed in the
-// order of k, whatever R is.
+// multiply_tile with the factors in rows[r].
 template <int R>
-inline void multiply(const float* const* rows, const float* panel, int64_t line, int64_t K, Floats (&acc)[R][2]) {
+inline void multiply_rows(const float* const* rows, const float* panel, int64_t line, int64_t K, Floats (&acc)[R][2]) {
   const float* row[R];
   for (int r = 0; r < R; ++r) row[r] = rows[r];
-  for (int64_t k = 0; k < K; ++k, panel += line) {
-    const Floats low = load(panel), high = load(panel + kWidth);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const float factor = row[r][k];
-      acc[r][0] += factor * low;
-      acc[r][1] += factor * high;
-    }
-  }
+  multiply_tile([&](int r, int64_t k) { return row[r][k]; }, panel, line, K, acc);
 }
 
 // out[m] (N floats, out_line apart) = or += rows[m] (K floats) times panels (N / kPanel, K, kPanel), or, with
@@ -79,7 +46,7 @@ inline void product(const float* const* rows, int64_t M, const float* panels, in
             acc[r][0] = load(target + r * out_line), acc[r][1] = load(target + r * out_line + kWidth);
           }
         }
-        multiply<R>(rows + m, panels + n / kPanel * panel_step, line, K, acc);
+        multiply_rows<R>(rows + m, panels + n / kPanel * panel_step, line, K, acc);
         for (int r = 0; r < R; ++r) {
           store(target + r * out_line, acc[r][0]), store(target + r * out_line + kWidth, acc[r][1]);
         }

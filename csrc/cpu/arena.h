@@ -1,16 +1,10 @@
-// Scratch memory, and register tiles of a height known at compile time. Internal linkage only, as in vector.h.
+// Scratch memory. Internal linkage only, as in simd/vector.h.
 #pragma once
 
-#include "cpu/vector.h"
+#include "cpu/integers.h"
 
 namespace varkern {
 namespace {
-
-constexpr int kRows = kWidth == 16 ? 8 : 6;  // rows of a register tile: with two vectors each, what the registers hold
-
-inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-inline int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t maximum(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // Cuts one allocation into pieces. A first pass without memory measures, a second one hands out.
 struct Arena {
@@ -37,20 +31,6 @@ inline bool with_workspace(const Prepare& prepare, const Body& body) {
   body();
   __builtin_free(memory);
   return true;
-}
-
-template <int N>
-struct Count {
-  enum { value = N };
-};
-
-// body(Count<rows>{}) for 1 <= rows <= kRows, a constant for the compiler.
-template <int R = kRows, typename Body>
-inline void with_rows(int64_t rows, const Body& body) {
-  if constexpr (R > 1) {
-    if (rows < R) return with_rows<R - 1>(rows, body);
-  }
-  body(Count<R>{});
 }
 
 }  // namespace
