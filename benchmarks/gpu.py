@@ -55,7 +55,17 @@ INCOMPLETE = 3  # the exit status
 # What runs besides torch imports, and an installation without its dependencies does not bring.
 NEEDED = {"numpy": "numpy", "safetensors": "safetensors", "huggingface_hub": "huggingface_hub", "PIL": "pillow"}
 NEEDED |= {"tqdm": "tqdm", "pytest": "pytest", "pytest_benchmark": "pytest-benchmark", "pybind11": "pybind11"}
-KERNEL_TESTS = ("norm", "gated_norm", "group_norm", "sampling", "decode", "attention", "quantize", "conv")
+KERNEL_TESTS = (
+    "conformance",
+    "norm",
+    "gated_norm",
+    "group_norm",
+    "sampling",
+    "decode",
+    "attention",
+    "quantize",
+    "conv",
+)
 
 
 @dataclass
@@ -190,8 +200,9 @@ def test(limit: float) -> Outcome:
     # Most of the time goes into compiling Triton kernels, which processes do beside each other.
     parallel = ["-n", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
     tests = ROOT / "tests"
-    kernels = [path.name for name in KERNEL_TESTS for path in sorted(tests.glob(f"test_{name}*.py"))]
-    others = [path.name for path in sorted(tests.glob("test_*.py")) if path.name not in kernels]
+    files = [path.relative_to(tests) for folder in (tests / "ops", tests) for path in sorted(folder.glob("test_*.py"))]
+    kernels = [str(path) for name in KERNEL_TESTS for path in files if path.name.startswith(f"test_{name}")]
+    others = [str(path) for path in files if str(path) not in kernels]
     # A file that cannot be imported keeps none of the others back. Failures are named as they come.
     options = ["-v", "-m", "gpu", "-rf", "--tb=line", "--maxfail=40", "--continue-on-collection-errors", *parallel]
     notes = OUT / "tests.jsonl"

@@ -19,10 +19,19 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+from places import parameter, places
+
 from varkern.ops import backends
 from varkern.ops._precision import full_float32
 
-_BACKENDS = ("cpu-reference", "cpu-cpu", "cpu-triton", "cuda-reference", "cuda-cuda", "cuda-triton")
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Tests with the fixture ``device`` run in each place that the ops have which their module names as ``OPS``."""
+    named = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    own = hasattr(metafunc.module, "device") or any("device" in names for names in named)
+    if "device" in metafunc.fixturenames and not own:
+        there = places(*getattr(metafunc.module, "OPS", ()))
+        metafunc.parametrize("device", [parameter(place) for place in there], indirect=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -33,9 +42,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
-@pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.gpu] * name.startswith("cuda")) for name in _BACKENDS])
+@pytest.fixture
 def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
-    """Each device in turn, with each backend that an op may have there in force."""
+    """A device, with one of the backends in force that an op may have there."""
     name, backend = request.param.split("-")
     probe = torch.empty(0, device=name)
     # What the build made optional may be missing; the CPU extension may not.

@@ -22,8 +22,19 @@ PROCESSORS = {
     "baseline": {"ONEDNN_MAX_CPU_ISA": "SSE41", "ATEN_CPU_CAPABILITY": "default", "VARKERN_SIMD": "baseline"},
 }
 THREADS = (1, 2, 4)
-NUMERIC = ("norm", "gated_norm", "group_norm", "conv", "attention*", "decode", "quantize*", "sampling", "engine")
-NUMERIC += ("generate", "golden", "native*")
+NUMERIC = (
+    "conformance",
+    "norm",
+    "gated_norm",
+    "group_norm",
+    "conv",
+    "attention*",
+    "decode",
+    "quantize*",
+    "sampling",
+    "engine",
+)
+NUMERIC += ("engine", "generate", "golden", "native*")
 
 
 def main(arguments: list[str]) -> int:

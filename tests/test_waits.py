@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from cases import CASES, tensors_of
 from graph_standin import model
-from op_cases import CASES, tensors_of
 from test_models import tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -12,7 +12,9 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "ops"))
 
+import test_conformance
 import test_decode
 
 from varkern.ops import _op, backends, use_backend
@@ -41,8 +43,7 @@ def main(path: str) -> None:
                     test_decode.check(replace(case, dtype=dtype))
             torch.manual_seed(0)
             test_decode.test_generation_is_block_causal_attention(device, (1, 4, 9, 16), dtype)
-        for change in test_decode.STRIDES.values():
-            test_decode.test_strides(device, change)
+        test_conformance.check_values("cached_attention", device)
         test_decode.test_what_is_not_a_number_is_not_lost(device)
         test_decode.test_rows_of_zeros_have_the_floor_for_a_norm(device)
         test_decode.test_deterministic(device)

@@ -11,7 +11,9 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "ops"))
 
+import test_conformance
 import test_gated_norm
 import test_group_norm
 
@@ -50,13 +52,13 @@ def main(path: str) -> None:
         for change in test_group_norm.STRIDES.values():
             test_group_norm.test_strides(device, change)
         test_group_norm.test_an_image_does_not_depend_on_its_batch(device)
-        test_group_norm.test_no_batch(device)
         for dtypes in test_gated_norm.DTYPES.values():
             for C in (33, 64):
                 test_gated_norm.check(test_gated_norm.arguments((2, 5, C), device, *dtypes))
         test_gated_norm.test_two_dimensional_condition_shared_by_the_batch(device)
-        test_gated_norm.test_strides(device)
         test_gated_norm.test_large_mean(device)
+        for op in (*test_group_norm.OPS, *test_gated_norm.OPS):
+            test_conformance.check_values(op, device)
     print("cuda", module.architectures())
 
 

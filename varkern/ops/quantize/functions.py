@@ -222,4 +222,6 @@ def _stack(op: str, phis: Sequence[Phi], sizes: Sequence[Size], codebook: Tensor
     if weights:
         return torch.stack(weights).float(), torch.stack(biases).float(), phis[0].ratio, phi_of_scale, flat
     Cv = codebook.size(-1)
+    if Cv > 2**24:  # weights of none would have strides beyond 64 bits
+        raise ValueError(f"{op}: codebook has shape {tuple(codebook.shape)}, give (V, Cv) with at most 2^24 channels.")
     return codebook.new_empty(0, Cv, Cv, 3, 3), codebook.new_empty(0, Cv), 0.0, [0] * len(sizes), flat

@@ -20,6 +20,7 @@ from bad_calls import Call, direct_ops, model_calls, public_ops, tiny_model
 from bad_values import SURELY_BAD, describe, spoiled
 from golden import load_golden
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 import varkern
 from varkern.engine import generate as _  # noqa: F401
@@ -50,7 +51,7 @@ LEGAL = {(name, "rank") for name in ("q_bias", "v_bias", "log_scale")}
 LEGAL |= {(name, "no tensor") for name in ("q_bias", "v_bias", "log_scale", "labels", "label_B", "label")}
 LEGAL |= {(name, "no number") for name in ("labels", "label_B", "label", "seed", "g_seed")}
 LEGAL |= {(name, "no list") for name in ("v_patch_nums", "labels", "label_B")}
-LEGAL |= {("mask", "8-bit float"), ("mask", "other dtype"), ("cond_BD", "rank"), ("logits", "meta")}
+LEGAL |= {("mask", "8-bit float"), ("mask", "other dtype"), ("cond_BD", "rank")}
 LEGAL |= {("following", "empty list"), ("following", "no list"), ("noise", "no tensor")}
 LEGAL |= {(name, "huge number") for name in ("seed", "g_seed", "labels", "label_B", "label")}
 LEGAL |= {("seed", "no list"), ("max_batch", "no number"), ("guidance", "no number")}
@@ -157,7 +158,7 @@ class Judge:
         self.examples.setdefault(key, line)
 
     def judge(self, call: Call, backend: str | None, rng: random.Random) -> None:
-        kinds = {}
+        kinds, tensors = {}, sum(isinstance(leaf, Tensor) for leaf in tree_leaves(call.arguments))
         for name in rng.sample(sorted(call.arguments), min(len(call.arguments), rng.choice((1, 1, 1, 2)))):
             kind, call.arguments[name] = spoiled(rng, call.arguments[name])
             kinds[name] = kind
@@ -193,7 +194,8 @@ class Judge:
                     self.fail(call, f"{name} was written although the call raised", f"{line}\n    {error!s:.300}")
             return
         self.outcomes["returned"] += 1
-        taken = [f"{k} for {n}" for n, k in kinds.items() if k in SURELY_BAD and (n, k) not in LEGAL]
+        legal = {*LEGAL, *(((name, "meta") for name in kinds) if tensors == 1 else ())}  # all that there is
+        taken = [f"{k} for {n}" for n, k in kinds.items() if k in SURELY_BAD and (n, k) not in legal]
         if taken:
             self.fail(call, f"takes {'+'.join(taken)}", line)
         if backend == "reference" or not call.comparable:

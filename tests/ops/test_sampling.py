@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import re
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from ties import justified
 from torch import Tensor
 
-from varkern.ops import backends, sampling, use_backend
+from varkern.ops import sampling, use_backend
 from varkern.ops.sampling import (
     draw_noise,
     filter_logits,
@@ -21,6 +20,8 @@ from varkern.ops.sampling import (
     sample_tokens_reference,
     smooth_codes_reference,
 )
+
+OPS = ("sample_tokens", "filter_logits")
 
 SHAPES = {
     "one_code": (1, 2, 1),
@@ -97,6 +98,7 @@ def check(device: torch.device, logits: Tensor, noise: Tensor, setting: Setting)
 @shapes
 @dtypes
 @settings
+@pytest.mark.levels
 def test_tokens(device: torch.device, shape: tuple[int, int, int], dtype: torch.dtype, setting: tuple) -> None:
     logits, setting = arguments(shape, setting, dtype)
     check(device, logits, draw_noise(shape[0] * shape[1], shape[2], "cpu"), setting)
@@ -241,35 +243,6 @@ def test_noise_that_rejects_every_draw_in_turn(device: torch.device) -> None:
     check(device, logits, noise, (None, 0, 0.1))
 
 
-def test_strided_last_axis(device: torch.device) -> None:
-    logits, noise = torch.randn(4, 5, 66)[..., ::2], draw_noise(10, 66, "cpu")[:, ::2]
-    check(device, logits, noise, (1.5, 10, 0.9))
-
-
-def test_one_row_for_the_whole_batch(device: torch.device) -> None:
-    check(device, torch.randn(1, 1, 64).expand(4, 3, 64), draw_noise(6, 64, "cpu"), (1.5, 10, 0.9))
-
-
-@pytest.mark.usefixtures("nan_in_empty")
-def test_every_token_is_written(device: torch.device) -> None:
-    logits, setting = arguments((2, 40, 100), SETTINGS["paper"])
-    check(device, logits, draw_noise(80, 100, "cpu"), setting)
-
-
-def test_the_number_of_threads_does_not_matter() -> None:
-    logits, noise = torch.randn(2, 256, 1024), draw_noise(256, 1024, "cpu")
-    threads, results = torch.get_num_threads(), []
-    try:
-        for number in (1, 2, 3):
-            torch.set_num_threads(number)
-            with use_backend("cpu"):
-                results.append(sample_tokens(logits, noise, 1.5, 100, 0.96))
-    finally:
-        torch.set_num_threads(threads)
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
-
-
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf], ids=str)
 @pytest.mark.parametrize("setting", [SETTINGS["plain"], SETTINGS["paper"]], ids=["plain", "paper"])
 def test_a_row_without_distribution(device: torch.device, bad: float, setting: tuple) -> None:
@@ -287,32 +260,6 @@ def test_a_row_without_distribution(device: torch.device, bad: float, setting: t
     else:
         tokens = sample_tokens(logits, None, *setting)
         assert ((tokens >= 0) & (tokens < 40)).all()
-
-
-def test_there_is_no_gradient(device: torch.device) -> None:
-    logits, setting = arguments((2, 3, 40), SETTINGS["paper"])
-    logits = logits.to(device).requires_grad_()
-    noise = draw_noise(6, 40, device)
-    tokens = sample_tokens(logits, noise, *setting)
-    assert not tokens.requires_grad
-    assert not torch.ops.varkern.sample_tokens(logits, noise, *setting, None).requires_grad
-    assert not filter_logits(logits, *setting).requires_grad
-
-
-def test_float64_is_the_reference() -> None:
-    logits, setting = arguments((2, 3, 40), SETTINGS["paper"], torch.float64)
-    noise = draw_noise(6, 40, "cpu")
-    assert torch.equal(sample_tokens(logits, noise, *setting), eager_from_noise(logits, noise, *setting))
-    with use_backend("cpu"), pytest.raises(RuntimeError, match=r"'cpu' cannot run .*: torch.float64 is none of"):
-        sample_tokens(logits, noise, *setting)
-
-
-def test_logits_are_left_alone(device: torch.device) -> None:
-    logits = torch.randn(2, 3, 40, device=device)
-    before = logits.clone()
-    sample_tokens(logits, None, None, 5, 0.5)
-    filter_logits(logits, None, 5, 0.5)
-    assert torch.equal(logits, before)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf], ids=str)
@@ -339,65 +286,6 @@ def test_smooth_codes_are_the_reference_s_bit_for_bit(device: torch.device) -> N
     a, b = (torch.Generator(device).manual_seed(1) for _ in range(2))
     got = smooth_codes_reference(filter_logits(logits, *setting), codebook, 0.9, a)
     assert torch.equal(got, smooth_codes_reference(filtered(logits, *setting), codebook, 0.9, b))
-
-
-def test_opcheck(device: torch.device) -> None:
-    backend = backends.current_backend()
-    for name in ("plain", "paper"):
-        logits, setting = arguments((2, 5, 33), SETTINGS[name], torch.float16)
-        noise = draw_noise(10, 33, device)
-        torch.library.opcheck(torch.ops.varkern.sample_tokens.default, (logits.to(device), noise, *setting, backend))
-        torch.library.opcheck(torch.ops.varkern.filter_logits.default, (logits.to(device), *setting, backend))
-
-
-def test_compile_fullgraph(device: torch.device) -> None:
-    def step(logits: Tensor, noise: Tensor) -> Tensor:
-        return sample_tokens(filter_logits(logits * 2, 1.5, 10), noise, None, 0, 0.9) + 1
-
-    torch.compiler.reset()
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    logits, noise = torch.randn(4, 5, 33, device=device), draw_noise(10, 33, device)
-    assert torch.equal(compiled(logits, noise), step(logits, noise))
-
-
-def test_fake_tensors_reach_no_kernel() -> None:
-    tokens = sample_tokens(torch.empty(4, 3, 8, device="meta"), torch.empty(6, 8, device="meta"), 1.5, 2, 0.5)
-    assert (tokens.device.type, tokens.shape, tokens.dtype) == ("meta", (2, 3), torch.int64)
-    kept = filter_logits(torch.empty(4, 3, 8, device="meta", dtype=torch.float16), 1.5, 2, 0.5)
-    assert (kept.device.type, kept.shape, kept.dtype) == ("meta", (2, 3, 8), torch.float32)
-
-
-BAD = {
-    "two_axes": (lambda x, q: (x[0], q), "logits have shape (3, 8), give (B, n, V)"),
-    "no_codes": (lambda x, q: (x[..., :0], q[:, :0]), "logits have shape (4, 3, 0), give (B, n, V) with V from 1"),
-    "integers": (lambda x, q: (x.int(), q), "logits is torch.int32, give a floating-point"),
-    "odd_batch": (lambda x, q: (x[:3], q), "logits have shape (3, 3, 8), with guidance give (2B, n, V)"),
-    "guidance_nan": (lambda x, q: (x, q, float("nan")), "guidance is nan, give a finite number"),
-    "top_k_negative": (lambda x, q: (x, q, 1.5, -1), "top_k is -1, give an integer in [0, 8]"),
-    "top_k_too_large": (lambda x, q: (x, q, 1.5, 9), "top_k is 9, give an integer in [0, 8]"),
-    "top_p_too_large": (lambda x, q: (x, q, 1.5, 2, 1.5), "top_p is 1.5, give a number in [0, 1]"),
-    "top_p_nan": (lambda x, q: (x, q, 1.5, 2, float("nan")), "top_p is nan, give a finite number"),
-    "noise_of_all_rows": (
-        lambda x, q: (x, q.repeat(2, 1)),
-        "noise is torch.float32 (12, 8), give torch.float32 (6, 8)",
-    ),
-    "noise_unguided": (lambda x, q: (x, q, None), "without guidance"),
-    "noise_half": (lambda x, q: (x, q.half()), "noise is torch.float16 (6, 8)"),
-    "noise_elsewhere": (lambda x, q: (x, q.to("meta")), "noise is on meta and logits on cpu, use one device"),
-}
-
-
-@pytest.mark.parametrize("backend", ["reference", "cpu", None])
-@pytest.mark.parametrize(("change", "message"), BAD.values(), ids=BAD)
-def test_bad_input(change, message: str, backend: str | None) -> None:
-    logits, noise, *setting = change(torch.randn(4, 3, 8), draw_noise(6, 8, "cpu"))
-    setting = [*setting, *(1.5, 2, 0.5)[len(setting) :]]
-    with use_backend(backend):
-        with pytest.raises(ValueError, match=re.escape(message)):
-            sample_tokens(logits, noise, *setting)
-        if not message.startswith(("noise", "without")):
-            with pytest.raises(ValueError, match=re.escape(message)):
-                filter_logits(logits, *setting)
 
 
 def test_a_refused_call_draws_nothing() -> None:

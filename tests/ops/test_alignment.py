@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from op_cases import CASES, cached_inputs, tensors_of
+from cases import CASES, SAMPLES, moved, tensors_of
+from everywhere import everywhere, quick
 from torch import Tensor
 
 import varkern
@@ -20,7 +21,7 @@ from varkern import ops
 from varkern.ops import _op, backends
 from varkern.ops.attention import cached
 
-CUDA = Path(__file__).parent.parent / "csrc" / "cuda"
+CUDA = Path(__file__).parents[2] / "csrc" / "cuda"
 
 
 def shifted(tensor: Tensor, elements: int = 1) -> Tensor:
@@ -32,26 +33,20 @@ def shifted(tensor: Tensor, elements: int = 1) -> Tensor:
     return out.copy_(tensor)
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_odd_addresses_give_the_same(device: torch.device, name: str, dtype: torch.dtype) -> None:
+@everywhere(SAMPLES, quick)
+def test_odd_addresses_give_the_same(device: torch.device, name: str) -> None:
     """Each input in turn, and all of them."""
-    case = CASES[name]
-    single = "quantize|teacher|next_scale" + "|conv" * (backends.current_backend() == "cpu")
-    if dtype != torch.float32 and re.search(single, name):
-        pytest.skip("float32 alone")
-    inputs = [t.to(device, dtype if t.is_floating_point() else None) for t in case.fresh()]
-    if name == "sample_tokens":
-        inputs[1] = inputs[1].float()
-    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-3, "atol": 2e-3}
+    sample = SAMPLES[name]
+    inputs = moved(sample.fresh(), device)
+    tolerance = 2e-3 if torch.float16 in {t.dtype for t in inputs} else 1e-5
     with torch.no_grad():
-        want = tensors_of(case.function(*(t.clone() for t in inputs)))
+        want = tensors_of(sample.function(*moved(inputs, device)))
         for which in (*({i} for i in range(len(inputs))), set(range(len(inputs)))):
-            if name == "cached_attention" and 1 in which and backends.current_backend() == "cuda":
+            if name.startswith("cached_attention") and 1 in which and backends.current_backend() == "cuda":
                 continue  # refused, below
             odd = [shifted(t) if i in which else t.clone() for i, t in enumerate(inputs)]
-            for a, b in zip(tensors_of(case.function(*odd)), want, strict=True):
-                torch.testing.assert_close(a, b, **tolerance)
+            for a, b in zip(tensors_of(sample.function(*odd)), want, strict=True):
+                torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 class TestDecode:
@@ -69,7 +64,7 @@ class TestDecode:
     @pytest.mark.parametrize("bias_dtype", [torch.float32, torch.bfloat16], ids=str)
     @pytest.mark.parametrize("which", [(0,), (2,), (3,), (4,), (0, 2, 3, 4)], ids=str)
     def test_every_pointer_is_aligned(self, launches, which, dtype: torch.dtype, bias_dtype: torch.dtype) -> None:
-        inputs = [t.to(dtype if i < 2 else bias_dtype) for i, t in enumerate(cached_inputs())]
+        inputs = [t.to(dtype if i < 2 else bias_dtype) for i, t in enumerate(CASES["cached_attention"].fresh())]
         inputs = [shifted(t) if i in which else t for i, t in enumerate(inputs)]
         with varkern.use_backend("cuda"):
             ops.cached_attention(inputs[0], inputs[1], 2, *inputs[2:], 0.3)
@@ -79,7 +74,7 @@ class TestDecode:
         assert cache == inputs[1].data_ptr()
 
     def test_a_cache_at_an_odd_address_is_refused(self, launches) -> None:
-        qkv, cache, *rest = cached_inputs()
+        qkv, cache, *rest = CASES["cached_attention"].fresh()
         odd, before = shifted(cache), cache.clone()
         with varkern.use_backend("cuda"), pytest.raises(RuntimeError, match="cache begins at an address that is no"):
             ops.cached_attention(qkv, odd, 2, *rest, 0.3)
@@ -89,7 +84,7 @@ class TestDecode:
         assert not launches
 
     def test_an_aligned_call_copies_nothing(self, launches) -> None:
-        qkv, cache, *rest = cached_inputs()
+        qkv, cache, *rest = CASES["cached_attention"].fresh()
         with varkern.use_backend("cuda"):
             ops.cached_attention(qkv, cache, 2, *rest, 0.3)
         assert launches[0][:5] == tuple(t.data_ptr() for t in (qkv, *rest, cache))
@@ -107,5 +102,5 @@ def test_the_other_cuda_kernels_look_for_themselves() -> None:
 def test_triton_is_told_no_alignment() -> None:
     """Its launches look at every address by themselves, unless a kernel claims to know."""
     claims = re.compile(r"tl\.(multiple_of|max_contiguous|make_tensor_descriptor|make_block_ptr)")
-    for path in (CUDA.parent.parent / "kernels").glob("*.py"):
+    for path in (CUDA.parent.parent / "kernels").rglob("*.py"):
         assert not claims.search(path.read_text()), path

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import re
 import subprocess
 import sys
 import warnings
@@ -27,9 +24,10 @@ from varkern.ops import (
 )
 from varkern.ops.attention.reference import block_causal_mask, normalize_qk_reference
 
+OPS = ("block_causal_attention", "block_causal_attention_qkv")
+
 pytestmark = pytest.mark.usefixtures("dot_in_one_order")
 
-X86 = platform.machine().lower() in ("x86_64", "amd64")
 PATCH_NUMS_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 LENGTHS_256 = tuple(p * p for p in PATCH_NUMS_256)
 
@@ -129,6 +127,7 @@ def skip_what_the_interpreter_cannot(case: Case) -> None:
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.usefixtures("nan_in_empty")
+@pytest.mark.levels
 def test_value_and_gradient(device: torch.device, case: Case) -> None:
     skip_what_the_interpreter_cannot(case)
     check(case, device)
@@ -172,6 +171,7 @@ def test_large_scores(device: torch.device, size: float) -> None:
 
 @pytest.mark.parametrize("case", NARROW.values(), ids=NARROW)
 @pytest.mark.usefixtures("nan_in_empty")
+@pytest.mark.levels
 def test_value_and_gradient_on_the_cpu(case: Case) -> None:
     with use_backend("cpu"):
         check(case)
@@ -232,26 +232,6 @@ def test_patch_nums_are_sides() -> None:
     assert torch.equal(block_causal_attention(q, k, v, (1, 2, 3), 32**-0.5), want)
 
 
-def test_strided_last_axis(device: torch.device) -> None:
-    q, k, v = torch.randn(3, 1, 2, 14, 64, device=device)[..., ::2].unbind(0)
-    got = block_causal_attention(q, k, v, (1, 2, 3))
-    dense = [tensor.contiguous() for tensor in (q, k, v)]
-    torch.testing.assert_close(got, block_causal_attention(*dense, (1, 2, 3)))
-
-
-@pytest.mark.parametrize("wanted", [(0,), (1,), (3,), (0, 2)], ids=str)
-def test_gradient_for_some_inputs(device: torch.device, wanted: tuple[int, ...]) -> None:
-    case = Case((1, 4, 9))
-    inputs = case.make(device)
-    for i in wanted:
-        inputs[i] = inputs[i].detach().requires_grad_()
-    leaves = [inputs[i] for i in wanted]
-    forms = block_causal_attention_qkv, block_causal_attention_qkv_reference
-    got, want = (torch.autograd.grad(form(*inputs, case.lengths, 1.0).square().sum(), leaves) for form in forms)
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
-
-
 def test_rows_of_zeros_have_the_floor_for_a_norm(device: torch.device) -> None:
     qkv, _, v_bias, log_scale = Case((1, 4, 9)).make(device)
     qkv = qkv.clone()
@@ -277,41 +257,6 @@ def test_what_is_not_a_number_stays_where_it_is_seen(device: torch.device) -> No
     assert out[0, 0, 5:].isnan().all()
 
 
-def test_no_batch(device: torch.device) -> None:
-    qkv, *prologue = Case((1, 4), B=1).make(device)
-    leaves = [tensor.requires_grad_() for tensor in (qkv[:0], *prologue)]
-    out = block_causal_attention_qkv(*leaves, (1, 4), 1.0)
-    assert out.shape == (0, 5, 2, 32)
-    for grad in torch.autograd.grad(out.sum(), leaves):
-        assert not grad.any()
-
-
-def test_deterministic(device: torch.device) -> None:
-    case = Case((1, 4, 70, 30))
-    inputs, grad = case.make(device), torch.randn(case.B, case.L, case.H, case.D, device=device)
-    first, second = (
-        value_and_gradients(lambda *args: block_causal_attention_qkv(*args, case.lengths, 1.0), inputs, grad)
-        for _ in range(2)
-    )
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
-def test_the_number_of_threads_does_not_change_a_bit() -> None:
-    case = Case((1, 4, 100, 200), B=1, H=3, D=64)  # fewer heads than four times the threads: they are shared
-    inputs, grad = case.make(), torch.randn(case.B, case.L, case.H, case.D)
-    threads, results = torch.get_num_threads(), []
-    try:
-        for number in (1, 2, 3):
-            torch.set_num_threads(number)
-            with use_backend("cpu"):
-                function = lambda *args: block_causal_attention_qkv(*args, case.lengths, 1.0)  # noqa: E731
-                results.append(value_and_gradients(function, inputs, grad))
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-
-
 def test_float64_gradcheck() -> None:
     qkv, q_bias, v_bias, _ = Case((1, 4, 3), D=5, dtype=torch.float64).make()
     inputs = [qkv, q_bias.double(), v_bias.double(), torch.tensor([0.3, 1.2], dtype=torch.float64)]
@@ -320,102 +265,6 @@ def test_float64_gradcheck() -> None:
         assert torch.autograd.gradcheck(lambda *a: block_causal_attention_qkv(*a, (1, 4, 3), 0.7), inputs)
         heads = [tensor.detach().requires_grad_() for tensor in torch.randn(3, 1, 2, 8, 6, dtype=torch.float64)]
         assert torch.autograd.gradcheck(lambda *a: block_causal_attention(*a, lengths=(1, 4, 3)), heads)
-
-
-def test_opcheck(device: torch.device) -> None:
-    backend, ops = backends.current_backend(), torch.ops.varkern
-    qkv, *prologue = Case((1, 4), H=1).make(device)
-    settings = [1, 4], 1.0, backend
-    quick = backend == "triton" and backends.interpreting()
-    for inputs in ((qkv, *prologue), (qkv, None, None, None))[: 1 if quick else 2]:
-        torch.library.opcheck(ops.block_causal_attention_qkv.default, (*inputs, *settings))
-        leaves = [None if tensor is None else tensor.detach().requires_grad_() for tensor in inputs]
-        torch.library.opcheck(ops.block_causal_attention_qkv.default, (*leaves, *settings))
-        out, statistics = ops.block_causal_attention_qkv(*inputs, *settings)
-        arguments = out, *inputs, out, statistics, *settings
-        torch.library.opcheck(ops.block_causal_attention_qkv_backward.default, arguments)
-    in_memory = {"BLHD": torch.randn(3, 1, 5, 2, 32, device=device).transpose(2, 3)}
-    if not quick:
-        in_memory["BHLD"] = in_memory["BLHD"].contiguous()
-    for heads in in_memory.values():
-        q, k, v = heads.unbind(0)
-        torch.library.opcheck(ops.block_causal_attention.default, (q, k, v, *settings))
-        out, statistics = ops.block_causal_attention(q, k, v, *settings)
-        torch.library.opcheck(ops.block_causal_attention_backward.default, (out, q, k, v, out, statistics, *settings))
-
-
-@pytest.mark.parametrize(
-    "compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)], ids=["aot", "inductor"]
-)
-def test_compile_fullgraph(device: torch.device, compiler: str) -> None:
-    if compiler == "inductor" and backends.current_backend() != "cpu":
-        pytest.skip("what the compiler makes of it does not depend on the backend")
-
-    def step(qkv: Tensor, q_bias: Tensor, v_bias: Tensor, log_scale: Tensor) -> Tensor:
-        first = block_causal_attention_qkv(qkv * 2, q_bias, v_bias, log_scale, (1, 4, 9), 1.0)
-        return block_causal_attention(first, first, first, (1, 2, 3), layout="BLHD").square()
-
-    torch.compiler.reset()
-    compiled = torch.compile(step, fullgraph=True, backend=compiler)
-    case = Case((1, 4, 9))
-    inputs, grad = case.make(device), torch.randn(case.B, case.L, case.H, case.D, device=device)
-    got, want = value_and_gradients(compiled, inputs, grad), value_and_gradients(step, inputs, grad)
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(*inputs), step(*inputs), rtol=1e-5, atol=1e-5)
-
-
-def test_second_derivative_raises(device: torch.device) -> None:
-    if backends.reference_forced():
-        pytest.skip("the reference has it")
-    q, k, v = (tensor.requires_grad_() for tensor in torch.randn(3, 1, 1, 5, 32, device=device).unbind(0))
-    (grad,) = torch.autograd.grad(block_causal_attention(q, k, v, (1, 2)).sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="block_causal_attention has no second derivative"):
-        grad.sum().backward()
-
-
-def test_direct_call_of_the_operator_is_differentiable(device: torch.device) -> None:
-    case, backend = Case((1, 4, 9)), backends.current_backend()
-    inputs, grad = case.make(device), torch.randn(case.B, case.L, case.H, case.D, device=device)
-    op = torch.ops.varkern.block_causal_attention_qkv
-    got = value_and_gradients(lambda *args: op(*args, case.lengths, 1.0, backend)[0], inputs, grad)
-    eager = block_causal_attention_qkv_reference
-    want = value_and_gradients(lambda *args: eager(*args, case.lengths, 1.0), inputs, grad)
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-
-
-def test_fake_tensors_reach_no_kernel() -> None:
-    q, k, v = (tensor.to("meta") for tensor in torch.randn(3, 1, 2, 5, 32))
-    out = block_causal_attention(q, k, v, (1, 2))
-    assert (out.device.type, out.shape) == ("meta", (1, 2, 5, 32))
-
-
-LEVELS = """
-import torch, test_attention as t
-from varkern import _C
-from varkern.ops import use_backend
-torch.manual_seed(0)
-with use_backend("cpu"):
-    for name in ("small", "across_tiles", "f16", "bf16", "plain"):
-        t.check(t.CASES[name])
-    for name in ("odd_heads", "f64", "256px"):
-        t.check(t.NARROW[name])
-print(_C.simd_level())
-"""
-
-
-@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"] if X86 else ["baseline"])
-def test_simd_levels_and_uninitialised_memory(level: str) -> None:
-    """Each level the processor has, on a heap that glibc fills with garbage: the workspace holds nothing by chance."""
-    environment = {"VARKERN_SIMD": level, "MALLOC_PERTURB_": "85", "PYTHONPATH": os.path.dirname(__file__)}
-    done = subprocess.run(
-        [sys.executable, "-c", LEVELS], capture_output=True, text=True, env={**os.environ, **environment}
-    )
-    assert done.returncode == 0, done.stderr
-    if done.stdout.strip() != level:
-        pytest.skip(f"this processor does not run {level}")
 
 
 PEAK = """
@@ -448,50 +297,6 @@ def test_peak_memory_of_9451_positions() -> None:
     matrix = 9451**2 * 4 / 2**20  # 341 MiB, of float32
     assert eager > matrix  # so the measure works
     assert ours < matrix / 8
-
-
-BAD = {
-    "three_axes": (lambda q, k, v: (q[0], k, v), {}, "q has shape (2, 5, 8), give (B, H, L, D)"),
-    "another_shape": (lambda q, k, v: (q, k[:, :, :4], v), {}, "k is torch.float32 (1, 2, 4, 8) on cpu and q"),
-    "another_dtype": (lambda q, k, v: (q, k, v.half()), {}, "v is torch.float16"),
-    "another_device": (lambda q, k, v: (q, k.to("meta"), v), {}, "k is torch.float32 (1, 2, 5, 8) on meta"),
-    "integers": (lambda q, k, v: (q.int(), k.int(), v.int()), {}, "q is torch.int32, give a floating-point"),
-    "no_positions": (lambda q, k, v: (q[:, :, :0], k[:, :, :0], v[:, :, :0]), {}, "with H, L, D > 0"),
-    "other_lengths": (lambda q, k, v: (q, k, v), {"lengths": (1, 3)}, "scales have (1, 3) positions, give positive"),
-    "an_empty_scale": (lambda q, k, v: (q, k, v), {"lengths": (1, 0, 4)}, "that sum to L = 5"),
-    "both": (lambda q, k, v: (q, k, v), {"patch_nums": (1, 2), "lengths": (1, 4)}, "give patch_nums or lengths"),
-    "neither": (lambda q, k, v: (q, k, v), {"patch_nums": None}, "give patch_nums or lengths"),
-    "layout": (lambda q, k, v: (q, k, v), {"patch_nums": (1, 2), "layout": "LBHD"}, "layout is 'LBHD'"),
-}
-
-
-@pytest.mark.parametrize("backend", ["reference", "cpu", None])
-@pytest.mark.parametrize(("change", "options", "message"), BAD.values(), ids=BAD)
-def test_bad_input(change, options: dict, message: str, backend: str | None) -> None:
-    q, k, v = change(*torch.randn(3, 1, 2, 5, 8).unbind(0))
-    with use_backend(backend), pytest.raises(ValueError, match=re.escape(message)):
-        block_causal_attention(q, k, v, **(options or {"patch_nums": (1, 2)}))
-
-
-BAD_QKV = {
-    "four_axes": (lambda qkv, q, v, s: (qkv[0], q, v, s), "qkv has shape (5, 3, 2, 32), give (B, L, 3, H, D)"),
-    "not_three": (lambda qkv, q, v, s: (qkv[:, :, :2], q, v, s), "qkv has shape (2, 5, 2, 2, 32)"),
-    "short_bias": (
-        lambda qkv, q, v, s: (qkv, q[:5], v, s),
-        "q_bias has shape (5,), give 64 elements for 2 heads of 32",
-    ),
-    "heads": (lambda qkv, q, v, s: (qkv, q, v, torch.zeros(3)), "log_scale has shape (3,), give 2 elements"),
-    "device": (lambda qkv, q, v, s: (qkv, q, v.to("meta"), s), "v_bias is on meta and qkv on cpu"),
-    "integers": (lambda qkv, q, v, s: (qkv, q.long(), v, s), "q_bias is torch.int64, give a floating-point"),
-}
-
-
-@pytest.mark.parametrize("backend", ["reference", "cpu", None])
-@pytest.mark.parametrize(("change", "message"), BAD_QKV.values(), ids=BAD_QKV)
-def test_bad_projection(change, message: str, backend: str | None) -> None:
-    arguments = change(*Case((1, 4)).make())
-    with use_backend(backend), pytest.raises(ValueError, match=re.escape(message)):
-        block_causal_attention_qkv(*arguments, (1, 4), 1.0)
 
 
 def test_widths_that_triton_does_not_take() -> None:

@@ -67,10 +67,14 @@ def _huge_axis(rng: random.Random, t: Tensor) -> Tensor:
     return t.narrow(axis, 0, 1).expand(shape)
 
 
+def _somewhere(rng: random.Random, t: Tensor) -> tuple[int, ...]:
+    return tuple(rng.randrange(n) for n in t.shape)
+
+
 def _poisoned(rng: random.Random, t: Tensor) -> Tensor:
     poisoned = t.clone()
     if t.numel():
-        poisoned.view(-1)[rng.randrange(t.numel())] = rng.choice((torch.nan, torch.inf, -torch.inf))
+        poisoned[_somewhere(rng, t)] = rng.choice((torch.nan, torch.inf, -torch.inf))
     return poisoned
 
 
@@ -78,7 +82,7 @@ def _out_of_range(rng: random.Random, t: Tensor) -> Tensor:
     spoiled = t.clone()
     value = rng.choice((-1, 2**20, 2**40, 2**62, -(2**63)))
     limits = torch.iinfo(t.dtype)
-    spoiled.view(-1)[rng.randrange(t.numel())] = max(limits.min, min(limits.max, value))
+    spoiled[_somewhere(rng, t)] = max(limits.min, min(limits.max, value))
     return spoiled
 
 
@@ -140,6 +144,8 @@ def _list_spoilers(rng: random.Random, values: list[Any] | tuple[Any, ...]) -> d
         changed[i] = spoiled(rng, changed[i])[1]
         return changed
 
+    if not values:
+        return {"no list": lambda: rng.choice((2.5, object())), "bad entry": lambda: ["x"]}
     return {
         "no list": lambda: rng.choice((None, 2.5, object())),
         "empty list": lambda: [],

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from in_order import plain
+from places import TRITON
 from torch import Tensor
 
 attention: Any = pytest.importorskip("varkern.kernels.attention", reason="triton is not installed")
@@ -27,10 +28,8 @@ VAR_512 = tuple(p * p for p in (1, 2, 3, 4, 6, 9, 13, 18, 24, 32))
 VAR_1024 = tuple(p * p for p in (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64))
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(params=[TRITON])
 def device(request: pytest.FixtureRequest) -> str:
-    if request.param == "cpu" and torch.cuda.is_available():
-        pytest.skip("the kernels are compiled here")
     return request.param
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from op_cases import CASES, OpCase, summed, tensors_of
+from cases import CASES, Sample, tensors_of
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
@@ -27,7 +27,7 @@ from varkern.ops.attention import reference as attention_reference
 from varkern.ops.backends import load
 from varkern.ops.quantize import operators as quantize_operators
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 # What torch.set_default_dtype and torch.set_default_device change the result of.
 FACTORIES = {"empty", "empty_strided", "empty_permuted", "zeros", "ones", "full", "eye", "arange", "range", "linspace"}
 FACTORIES |= {"logspace", "tensor", "as_tensor", "asarray", "scalar_tensor", "rand", "randn", "randint", "randperm"}
@@ -99,18 +99,12 @@ DEFAULTS: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
 }
 
 
-def computed(case: OpCase) -> list[Tensor]:
+def computed(case: Sample) -> list[Tensor]:
     """The results of a case, what it writes, and the gradients."""
-    inputs = case.fresh()
     with torch.no_grad():
-        results = tensors_of(case.function(*inputs))
-    if case.writes is not None:
-        results = [*results, inputs[case.writes]]
+        results = case.results(*case.fresh())
     if case.differentiable:
-        leaves = [t.requires_grad_() if i in case.differentiable else t for i, t in enumerate(case.fresh())]
-        used = [leaf.clone() if i == case.writes else leaf for i, leaf in enumerate(leaves)]
-        loss = summed(case.function(*used))
-        results += torch.autograd.grad(loss, [leaves[i] for i in case.differentiable])
+        results += case.gradients(*case.fresh())
     return [tensor.clone() for tensor in results]
 
 

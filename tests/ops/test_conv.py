@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,10 +12,11 @@ from in_order import assert_as_accurate, plain
 from torch import Tensor
 
 import varkern
-from varkern import _C
 from varkern.ops import backends, conv3x3, conv3x3_reference, use_backend
 from varkern.ops import conv as module
 from varkern.ops.conv import Norm
+
+OPS = ("conv3x3",)
 
 
 @dataclass(frozen=True)
@@ -158,6 +155,7 @@ def check(inputs: tuple) -> Tensor:
 
 @cases
 @pytest.mark.usefixtures("nan_in_empty")
+@pytest.mark.levels
 def test_value(device: torch.device, case: Case) -> None:
     with torch.inference_mode():
         check(arguments(case, device))
@@ -262,113 +260,9 @@ def test_silu_at_the_ends(x: float) -> None:
     torch.testing.assert_close(got, F.silu(torch.full_like(got, x)), rtol=1e-5, atol=1e-30)
 
 
-def test_the_number_of_threads_does_not_change_a_bit() -> None:
-    before, results = torch.get_num_threads(), []
-    inputs = arguments(Case(1, 64, 96, 24, 24, norm=32, residual=True))
-    try:
-        for threads in (1, 2, 7):
-            torch.set_num_threads(threads)
-            with use_backend("cpu"):
-                results.append(conv3x3(*inputs))
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(result, results[0]) for result in results)
-
-
 def test_many_outputs_are_computed_in_groups() -> None:
     """So many transformed weights are not in memory at a time."""
     inputs = arguments(Case(1, 640, 640, 4, 4))
     with use_backend("cpu"):
         got = conv3x3(*inputs)
     torch.testing.assert_close(got, conv3x3_reference(*inputs), rtol=1e-4, atol=1e-5)
-
-
-SIMD = """
-import sys, torch
-sys.path.insert(0, {tests!r})
-from test_conv import CASES, arguments, check
-import varkern
-from varkern import _C
-torch.use_deterministic_algorithms(True, warn_only=True)
-assert _C.simd_level() == {level!r}
-with varkern.use_backend("cpu"):
-    for name in ("one_of_everything", "beyond_a_tile", "odd_channels", "norm_and_upsample", "image"):
-        torch.manual_seed(0)
-        check(arguments(CASES[name]))
-"""
-
-
-@pytest.mark.parametrize("level", _C.simd_levels())
-def test_simd_levels(level: str) -> None:
-    environment = {**os.environ, "VARKERN_SIMD": level}
-    probe = [sys.executable, "-c", "from varkern import _C; print(_C.simd_level())"]
-    if subprocess.run(probe, env=environment, capture_output=True, text=True, check=True).stdout.strip() != level:
-        pytest.skip(f"the processor has no {level}")
-    script = SIMD.format(tests=os.path.dirname(__file__), level=level)
-    subprocess.run([sys.executable, "-c", script], env=environment, check=True)
-
-
-def test_no_batch(device: torch.device) -> None:
-    assert conv3x3(*arguments(Case(0, 8, 4, 5, 5, norm=2), device)).shape == (0, 4, 5, 5)
-
-
-def test_opcheck(device: torch.device) -> None:
-    for case in (CASES["beyond_a_tile"], CASES["norm_and_upsample"], CASES["without_bias"]):
-        x, weight, bias, norm, residual, upsample = arguments(case, device)
-        parts = norm if norm is not None else (None, None, 1, 0.0)
-        args = (x, weight, bias, *parts, residual, upsample, backends.current_backend())
-        torch.library.opcheck(torch.ops.varkern.conv3x3.default, args)
-
-
-def test_compile_fullgraph(device: torch.device) -> None:
-    inputs = arguments(Case(2, 16, 24, 9, 8, norm=4, residual=True), device)
-    with torch.no_grad():
-        compiled = torch.compile(lambda *args: 2 * conv3x3(*args), fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(compiled(*inputs), 2 * conv3x3(*inputs), rtol=1e-5, atol=1e-5)
-
-
-def test_gradients_are_refused(device: torch.device) -> None:
-    x, weight, bias, *rest = arguments(CASES["plain"], device)
-    weight.requires_grad_()
-    with pytest.raises(RuntimeError, match="conv3x3 has no gradient: call it under"):
-        conv3x3(x, weight, bias, *rest)
-    with pytest.raises(RuntimeError, match="conv3x3 has no gradient"):
-        torch.ops.varkern.conv3x3(x, weight, bias, None, None, 1, 0.0, None, False, None)
-    with torch.no_grad():
-        conv3x3(x, weight, bias, *rest)
-
-
-def test_fake_tensors_reach_no_kernel() -> None:
-    x, weight, bias, *_ = (None if t is None else t.to("meta") for t in arguments(CASES["plain"])[:3])
-    out = conv3x3(x, weight, bias, upsample=True)
-    assert (out.device.type, out.shape) == ("meta", (1, 16, 16, 16))
-
-
-BAD = {
-    "x_of_three_axes": ({"x": lambda x: x[0]}, "x has shape (16, 8, 8), give (B, C, H, W)"),
-    "no_rows": ({"x": lambda x: x[:, :, :0]}, "give (B, C, H, W) with C, H, W > 0"),
-    "other_channels": ({"x": lambda x: x[:, :8]}, "weight has shape (16, 16, 3, 3), give (Cout, 8, 3, 3)"),
-    "five_by_five": ({"weight": lambda w: F.pad(w, (1, 1, 1, 1))}, "weight has shape (16, 16, 5, 5)"),
-    "no_outputs": ({"weight": lambda w: w[:0]}, "weight has shape (0, 16, 3, 3)"),
-    "bias": ({"bias": lambda b: b[:3]}, "bias has shape (3,), give (16,)"),
-    "norm": ({"norm": lambda n: n._replace(weight=n.weight[:4])}, "norm: weight has shape (4,), give (16,)"),
-    "half_a_norm": ({"norm": lambda n: n._replace(bias=None)}, "both of norm's weight and bias"),
-    "groups": ({"norm": lambda n: n._replace(groups=3)}, "norm: num_groups is 3, give a divisor of the 16"),
-    "no_groups": ({"norm": lambda n: n._replace(groups=0)}, "norm: num_groups is 0"),
-    "residual_channels": ({"residual": lambda r: r[:, :1]}, "residual has shape (1, 1, 8, 8)"),
-    "residual_size": ({"residual": lambda r: r[..., :4]}, "shape (1, 16, 8, 4), give the result's, (1, 16, 8, 8)"),
-    "dtypes": ({"weight": lambda w: w.half()}, "weight is torch.float16 on cpu and x torch.float32 on cpu"),
-    "devices": ({"bias": lambda b: b.to("meta")}, "bias is torch.float32 on meta and x torch.float32 on cpu"),
-    "integers": ({name: lambda t: t.int() for name in ("x", "weight", "bias", "residual")}, "x is torch.int32"),
-}
-
-
-@pytest.mark.parametrize("backend", ["cpu", None])
-@pytest.mark.parametrize(("changes", "message"), BAD.values(), ids=BAD)
-def test_bad_input(changes: dict, message: str, backend: str | None) -> None:
-    names = ("x", "weight", "bias", "norm", "residual", "upsample")
-    inputs = dict(zip(names, arguments(Case(norm=4, residual=True)), strict=True))
-    for name, change in changes.items():
-        inputs[name] = change(inputs[name])
-    with use_backend(backend), pytest.raises(ValueError, match=re.escape(message)):
-        conv3x3(**inputs)

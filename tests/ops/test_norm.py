@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import threading
 
 import pytest
@@ -11,6 +10,8 @@ from in_order import assert_as_accurate, plain
 from torch import Tensor
 
 from varkern.ops import backends, modulated_layer_norm, modulated_layer_norm_reference, use_backend
+
+OPS = ("modulated_layer_norm",)
 
 SHAPES = {
     "one_channel": (2, 3, 1),
@@ -94,6 +95,7 @@ def test_reference_is_the_formula() -> None:
 @shapes
 @dtypes
 @pytest.mark.usefixtures("nan_in_empty")
+@pytest.mark.levels
 def test_value_and_gradient(device: torch.device, shape: tuple[int, int, int], dtypes: tuple) -> None:
     check(arguments(shape, device, *dtypes))
 
@@ -117,93 +119,6 @@ def test_two_dimensional_condition(device: torch.device) -> None:
     check((x, scale.squeeze(1), shift.squeeze(1)))
 
 
-def test_condition_shared_by_the_batch(device: torch.device) -> None:
-    x, scale, shift = arguments((3, 4, 33), device)
-    check((x, scale[:1].expand(3, 1, 33), shift[:1].expand(3, 1, 33)))
-
-
-def test_strided_last_axis_and_broadcast_gradient(device: torch.device) -> None:
-    x, scale, shift = arguments((2, 4, 66), device)
-    inputs = [tensor[..., ::2].requires_grad_() for tensor in (x, scale, shift)]
-    out = modulated_layer_norm(*inputs)
-    assert out.is_contiguous()
-    got = torch.autograd.grad(out.sum(), inputs)  # the incoming gradient has strides 0
-    dense = [tensor.detach().contiguous().requires_grad_() for tensor in inputs]
-    want = torch.autograd.grad(modulated_layer_norm_reference(*dense).sum(), dense)
-    for a, b in zip((out, *got), (modulated_layer_norm_reference(*dense), *want), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), (1, 2)], ids=str)
-def test_gradient_for_some_inputs(device: torch.device, wanted: tuple[int, ...]) -> None:
-    inputs = list(arguments((2, 9, 33), device))
-    for i in wanted:
-        inputs[i] = inputs[i].detach().requires_grad_()
-    leaves = [inputs[i] for i in wanted]
-    got = torch.autograd.grad(modulated_layer_norm(*inputs).square().sum(), leaves)
-    want = torch.autograd.grad(modulated_layer_norm_reference(*inputs).square().sum(), leaves)
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
-
-
-def test_deterministic(device: torch.device) -> None:
-    inputs = arguments((2, 70, 40), device)
-    grad_out = torch.randn(2, 70, 40, device=device)
-    first = value_and_gradients(modulated_layer_norm, inputs, grad_out)
-    for a, b in zip(first, value_and_gradients(modulated_layer_norm, inputs, grad_out), strict=True):
-        assert torch.equal(a, b)
-
-
-def test_the_number_of_threads_does_not_change_a_bit() -> None:
-    inputs, grad_out = arguments((3, 300, 200)), torch.randn(3, 300, 200)
-    threads, results = torch.get_num_threads(), []
-    try:
-        for number in (1, 2, 3):
-            torch.set_num_threads(number)
-            with use_backend("cpu"):
-                results.append(value_and_gradients(modulated_layer_norm, inputs, grad_out))
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-
-
-def test_opcheck(device: torch.device) -> None:
-    x, scale, shift = arguments((2, 5, 33), device, torch.float16, torch.float32)
-    backend = backends.current_backend()
-    leaves = [tensor.detach().requires_grad_() for tensor in (x, scale, shift)]
-    ops = torch.ops.varkern
-    torch.library.opcheck(ops.modulated_layer_norm.default, (x, scale, shift, 1e-6, backend))
-    torch.library.opcheck(ops.modulated_layer_norm.default, (*leaves, 1e-6, backend))
-    torch.library.opcheck(ops.modulated_layer_norm_forward.default, (x, scale, shift, 1e-6, backend))
-    out, statistics = ops.modulated_layer_norm_forward(x, scale, shift, 1e-6, backend)
-    torch.library.opcheck(ops.modulated_layer_norm_backward.default, (out, x, scale, statistics, backend))
-
-
-def compiled_matches_eager(device: torch.device, compiler: str) -> None:
-    def step(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        return modulated_layer_norm(x * 2, scale, shift).square()
-
-    torch.compiler.reset()
-    compiled = torch.compile(step, fullgraph=True, backend=compiler)
-    inputs, grad_out = arguments((2, 5, 33), device), torch.randn(2, 5, 33, device=device)
-    for got, want in zip(
-        value_and_gradients(compiled, inputs, grad_out), value_and_gradients(step, inputs, grad_out), strict=True
-    ):
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(*inputs), step(*inputs), rtol=1e-5, atol=1e-5)
-
-
-def test_compile_fullgraph(device: torch.device) -> None:
-    compiled_matches_eager(device, "aot_eager")
-
-
-@pytest.mark.slow
-def test_compile_fullgraph_inductor(device: torch.device) -> None:
-    compiled_matches_eager(device, "inductor")
-
-
 def test_autocast(device: torch.device) -> None:
     with torch.autocast(device.type, torch.bfloat16):
         check(arguments((2, 5, 33), device, torch.float32, torch.bfloat16))
@@ -216,32 +131,6 @@ def test_float64_is_the_reference_and_twice_differentiable() -> None:
     assert torch.autograd.gradgradcheck(modulated_layer_norm, inputs)
     with use_backend("cpu"), pytest.raises(RuntimeError, match=r"'cpu' cannot run .*: torch.float64 is none of"):
         modulated_layer_norm(*inputs)
-
-
-def test_second_derivative_raises_and_forward_mode_is_the_reference(device: torch.device) -> None:
-    if backends.reference_forced():
-        pytest.skip("the reference has both")
-    x, scale, shift = arguments((2, 3, 5), device)
-    x = x.detach().requires_grad_()
-    (grad,) = torch.autograd.grad(modulated_layer_norm(x, scale, shift).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"no second derivative: .*use_backend\('reference'\)"):
-        (grad.sum() + x.sum()).backward()
-    with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(x.detach(), torch.ones_like(x))
-        got = torch.autograd.forward_ad.unpack_dual(modulated_layer_norm(dual, scale, shift))
-        want = torch.autograd.forward_ad.unpack_dual(modulated_layer_norm_reference(dual, scale, shift))
-        assert torch.equal(got.primal, want.primal)
-        assert torch.equal(got.tangent, want.tangent)
-
-
-def test_direct_call_of_the_operator_is_differentiable(device: torch.device) -> None:
-    inputs, grad_out = arguments((2, 3, 5), device), torch.randn(2, 3, 5, device=device)
-    backend = backends.current_backend()
-    got = value_and_gradients(
-        lambda *args: torch.ops.varkern.modulated_layer_norm(*args, 1e-6, backend), inputs, grad_out
-    )
-    for a, b in zip(got, value_and_gradients(modulated_layer_norm_reference, inputs, grad_out), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_backward_stays_on_the_backend_of_the_forward(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,40 +158,6 @@ def test_reference_runs_the_eager_function(monkeypatch: pytest.MonkeyPatch) -> N
         out = modulated_layer_norm(leaf, *inputs[1:])
     assert torch.equal(out, modulated_layer_norm_reference(*inputs))
     assert "ModulatedLayerNorm" not in type(out.grad_fn).__name__
-
-
-def test_fake_tensors_reach_no_kernel() -> None:
-    x, scale, shift = (tensor.to("meta") for tensor in arguments((2, 3, 5), "cpu", torch.float16))
-    out = modulated_layer_norm(x, scale, shift)
-    assert (out.device.type, out.shape, out.dtype) == ("meta", (2, 3, 5), torch.float32)
-    with pytest.raises(ValueError, match="scale has shape"):
-        modulated_layer_norm(x, scale[..., :2], shift)
-
-
-BAD = {
-    "x_of_two_axes": (lambda x, s, t: (x[0], s, t), "x has shape (3, 8), give (B, L, C)"),
-    "scale_of_another_width": (
-        lambda x, s, t: (x, s[..., :4], t),
-        "scale has shape (2, 1, 4), give (2, 1, 8) or (2, 8)",
-    ),
-    "shift_of_another_batch": (lambda x, s, t: (x, s, t[:1]), "shift has shape (1, 1, 8), give (2, 1, 8) or (2, 8)"),
-    "scale_a_row_each": (lambda x, s, t: (x, s.expand(2, 3, 8), t), "scale has shape (2, 3, 8)"),
-    "two_forms": (lambda x, s, t: (x, s, t[:, 0]), "give them one dtype and shape"),
-    "two_dtypes": (lambda x, s, t: (x, s, t.half()), "scale is torch.float32 (2, 1, 8) and shift torch.float16"),
-    "integers": (lambda x, s, t: (x.int(), s, t), "x is torch.int32"),
-    "another_device": (lambda x, s, t: (x, s, t.to("meta")), "shift is on meta and x on cpu, use one device"),
-}
-
-
-@pytest.mark.parametrize("gradient", [False, True], ids=["forward", "with_gradient"])
-@pytest.mark.parametrize("backend", ["reference", "cpu", None])
-@pytest.mark.parametrize(("change", "message"), BAD.values(), ids=BAD)
-def test_bad_input(change, message: str, backend: str | None, gradient: bool) -> None:
-    x, scale, shift = change(*(tensor.clone() for tensor in arguments((2, 3, 8))))
-    if gradient:
-        scale = scale.detach().requires_grad_()
-    with use_backend(backend), pytest.raises(ValueError, match=re.escape(message)):
-        modulated_layer_norm(x, scale, shift)
 
 
 def test_rows_too_wide_for_triton() -> None:

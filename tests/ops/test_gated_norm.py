@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import os
-import platform
-import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -28,7 +23,8 @@ from varkern.ops import (
     use_backend,
 )
 
-X86 = platform.machine().lower() in ("x86_64", "amd64")
+OPS = ("gated_residual_layer_norm_",)
+
 SHAPES = {
     "one_channel": (2, 3, 1),
     "odd_channels": (2, 5, 33),
@@ -104,6 +100,7 @@ def test_reference_is_the_formula() -> None:
 
 @shapes
 @pytest.mark.usefixtures("nan_in_empty")
+@pytest.mark.levels
 def test_value(device: torch.device, shape: tuple[int, int, int]) -> None:
     for dtypes in ((torch.float32,) * 3, (torch.bfloat16,) * 3, (torch.float32, torch.float16, torch.float16)):
         check(arguments(shape, device, *dtypes))
@@ -112,6 +109,7 @@ def test_value(device: torch.device, shape: tuple[int, int, int]) -> None:
 @pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("C", [33, 64])
 @pytest.mark.usefixtures("nan_in_empty")
+@pytest.mark.levels
 def test_every_mixture_of_dtypes(device: torch.device, C: int, dtypes: tuple[torch.dtype, ...]) -> None:
     check(arguments((2, 5, C), device, *dtypes))
 
@@ -130,126 +128,10 @@ def test_two_dimensional_condition_shared_by_the_batch(device: torch.device) -> 
     check((x, h, *flat))
 
 
-def test_strides(device: torch.device) -> None:
-    x, h, *condition = arguments((2, 4, 66), device)
-    h, condition = h[..., ::2], [t[..., ::2] for t in condition]
-    x = x[..., :33].contiguous()
-    mine, other = x.clone(), x.clone()
-    got = gated_residual_layer_norm_(mine, h, *condition)
-    want = gated_residual_layer_norm_(other, h.contiguous(), *(t.contiguous() for t in condition))
-    torch.testing.assert_close(got, want)
-    torch.testing.assert_close(mine, other)
-    check((x, h.transpose(0, 1).contiguous().transpose(0, 1), *condition))
-    check((x, h[:, :1].expand_as(h), *condition))
-
-
 def test_large_mean(device: torch.device) -> None:
     x, *others = arguments((2, 4, 96), device)
     check((x + 1000.0, *others))
     check((x - 30.0, *others))
-
-
-def test_the_number_of_threads_does_not_change_a_bit() -> None:
-    inputs = arguments((3, 300, 200))
-    threads, results = torch.get_num_threads(), []
-    try:
-        for number in (1, 2, 3):
-            torch.set_num_threads(number)
-            mine = inputs[0].clone()
-            with use_backend("cpu"):
-                results.append((gated_residual_layer_norm_(mine, *inputs[1:]), mine))
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-
-
-def test_opcheck(device: torch.device) -> None:
-    op, backend = torch.ops.varkern.gated_residual_layer_norm_.default, backends.current_backend()
-    torch.library.opcheck(
-        op, (*arguments((2, 5, 33), device, torch.float32, torch.float16, torch.float16), 1e-6, backend)
-    )
-
-
-@pytest.mark.parametrize(
-    "compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)], ids=["aot", "inductor"]
-)
-def test_compile_fullgraph(device: torch.device, compiler: str) -> None:
-    if compiler == "inductor" and backends.current_backend() != "cpu":
-        pytest.skip("what the compiler makes of it does not depend on the backend")
-
-    def step(x: Tensor, h: Tensor, *condition: Tensor) -> Tensor:
-        y = gated_residual_layer_norm_(x, h * 2, *condition)
-        return y.square() + x
-
-    torch.compiler.reset()
-    compiled = torch.compile(step, fullgraph=True, backend=compiler)
-    x, *others = arguments((2, 5, 33), device)
-    mine, other = x.clone(), x.clone()
-    torch.testing.assert_close(compiled(mine, *others), step(other, *others), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-6)
-
-
-def test_gradients_are_refused(device: torch.device) -> None:
-    inputs = list(arguments((2, 4, 8), device))
-    before = inputs[0].clone()
-    message = r"gated_residual_layer_norm_ has no gradient: call it under torch\.no_grad\(\)"
-    for i in range(1, 5):
-        leaves = [t.detach().requires_grad_() if j == i else t for j, t in enumerate(inputs)]
-        with pytest.raises(RuntimeError, match=message):
-            gated_residual_layer_norm_(*leaves)
-    with pytest.raises(RuntimeError, match=message):
-        torch.ops.varkern.gated_residual_layer_norm_(*leaves, 1e-6, backends.current_backend())
-    assert torch.equal(inputs[0], before)
-    with torch.no_grad():
-        want = gated_residual_layer_norm_(before.clone(), *leaves[1:])
-    with torch.inference_mode():
-        assert torch.equal(gated_residual_layer_norm_(before.clone(), *leaves[1:]), want)
-
-
-def test_float64_is_the_reference() -> None:
-    x, *others = (t.double() for t in arguments((2, 3, 5)))
-    other = x.clone()
-    assert torch.equal(gated_residual_layer_norm_(x, *others), gated_residual_layer_norm_reference_(other, *others))
-    assert torch.equal(x, other)
-    with use_backend("cpu"), pytest.raises(RuntimeError, match=r"torch\.float64 is none of"):
-        gated_residual_layer_norm_(x, *others)
-
-
-def test_fake_tensors_reach_no_kernel() -> None:
-    inputs = [t.to("meta") for t in arguments((2, 3, 5), "cpu", torch.float16, torch.bfloat16, torch.float32)]
-    out = gated_residual_layer_norm_(*inputs)
-    assert (out.device.type, out.shape, out.dtype) == ("meta", (2, 3, 5), torch.float32)
-
-
-BAD = {
-    "x_of_two_axes": (lambda a: a | {"x": a["x"][0]}, "x has shape (3, 8), give (B, L, C)"),
-    "x_strided": (lambda a: a | {"x": a["x"].transpose(0, 1)}, "x has strides (8, 24, 1), give a contiguous tensor"),
-    "h_of_another_length": (lambda a: a | {"h": a["h"][:, :2]}, "h has shape (2, 2, 8), give x's, (2, 3, 8)"),
-    "gate_of_another_width": (
-        lambda a: a | {"gate": a["gate"][..., :4]},
-        "gate has shape (2, 1, 4), give (2, 1, 8) or (2, 8)",
-    ),
-    "shift_of_another_batch": (lambda a: a | {"shift": a["shift"][:1]}, "shift has shape (1, 1, 8)"),
-    "two_forms": (lambda a: a | {"scale": a["scale"][:, 0]}, "scale is torch.float32 (2, 8) and gate torch.float32"),
-    "two_dtypes": (
-        lambda a: a | {"shift": a["shift"].half()},
-        "shift is torch.float16 (2, 1, 8) and gate",
-    ),
-    "another_device": (lambda a: a | {"h": a["h"].to("meta")}, "h is on meta and x on cpu, use one device"),
-    "integers": (lambda a: a | {"h": a["h"].int()}, "h is torch.int32, give a floating-point tensor"),
-}
-
-
-@pytest.mark.parametrize("backend", ["reference", "cpu", None])
-@pytest.mark.parametrize(("change", "message"), BAD.values(), ids=BAD)
-def test_bad_input(change, message: str, backend: str | None) -> None:
-    names = ("x", "h", "gate", "scale", "shift")
-    inputs = change(dict(zip(names, arguments((2, 3, 8)), strict=True)))
-    before = inputs["x"].clone()
-    with use_backend(backend), pytest.raises(ValueError, match=re.escape(message)):
-        gated_residual_layer_norm_(**inputs)
-    assert torch.equal(inputs["x"], before)
 
 
 class TestEngine:
@@ -305,27 +187,3 @@ class TestEngine:
         with use_backend("reference"):
             want = varkern.generate(var, 2, 1, 0)
         assert_same_draws(lambda model: varkern.generate(model, 2, 1, 0), var, got.tokens, want.tokens)
-
-
-LEVELS = """
-import torch, test_gated_norm as t
-from varkern import _C
-from varkern.ops import use_backend
-torch.manual_seed(0)
-with use_backend("cpu"):
-    for shape in t.SHAPES.values():
-        for dtypes in t.DTYPES.values():
-            t.check(t.arguments(shape, "cpu", *dtypes))
-print(_C.simd_level())
-"""
-
-
-@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"] if X86 else ["baseline"])
-def test_simd_levels(level: str) -> None:
-    environment = {"VARKERN_SIMD": level, "PYTHONPATH": os.path.dirname(__file__)}
-    done = subprocess.run(
-        [sys.executable, "-c", LEVELS], capture_output=True, text=True, env={**os.environ, **environment}
-    )
-    assert done.returncode == 0, done.stderr
-    if done.stdout.strip() != level:
-        pytest.skip(f"this processor does not run {level}")

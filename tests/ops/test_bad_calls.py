@@ -3,6 +3,7 @@
 ``bad_values.py`` spoils arguments, ``bad_calls.py`` has the calls, ``bad_calls_run.py`` judges what comes of them.
 """
 
+import os
 import random
 import subprocess
 import sys
@@ -30,7 +31,8 @@ def test_bad_calls(shard: int, tmp_path: Path) -> None:
     journal = tmp_path / "journal"
     script = str(Path(__file__).with_name("bad_calls_run.py"))
     command = [sys.executable, script, *map(str, (shard, SHARDS, CALLS)), str(journal)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
     lines = journal.read_text().splitlines() if journal.exists() else []
     assert ended.returncode == 0, f"{ended.stdout}\n{ended.stderr[-4000:]}\nlast call: {lines[-1:]}"
     assert len(lines) == CALLS // SHARDS

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import re
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +20,8 @@ from varkern.ops import (
 )
 from varkern.ops.attention.cached import _splits
 
-X86 = platform.machine().lower() in ("x86_64", "amd64")
+OPS = ("cached_attention",)
+
 LENGTHS_256 = tuple(p * p for p in (1, 2, 3, 4, 5, 6, 8, 10, 13, 16))
 
 
@@ -122,12 +118,14 @@ def check(case: Case, device: torch.device | str = "cpu") -> None:
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.usefixtures("nan_in_empty")
+@pytest.mark.levels
 def test_value_and_cache(device: torch.device, case: Case, dtype: torch.dtype) -> None:
     check(replace(case, dtype=dtype), device)
 
 
 @pytest.mark.parametrize("case", NARROW.values(), ids=NARROW)
 @pytest.mark.usefixtures("nan_in_empty")
+@pytest.mark.levels
 def test_value_and_cache_on_the_cpu(case: Case) -> None:
     with use_backend("cpu"):
         check(case)
@@ -215,37 +213,11 @@ def test_what_is_not_a_number_is_not_lost(device: torch.device) -> None:
     assert out[0, :, 0].isfinite().all()
 
 
-STRIDES = {
-    "tokens_first": lambda qkv: qkv.transpose(0, 1).contiguous().transpose(0, 1),
-    "heads_first": lambda qkv: qkv.transpose(1, 3).contiguous().transpose(1, 3),
-    "strided_last_axis": lambda qkv: qkv.repeat_interleave(2, dim=4)[..., ::2],
-    "not_aligned": lambda qkv: torch.cat((qkv[..., :1], qkv), 4)[..., 1:],
-    "expanded": lambda qkv: qkv[:1].expand_as(qkv),
-}
-
-
-@pytest.mark.parametrize("change", STRIDES.values(), ids=STRIDES)
-def test_strides(device: torch.device, change) -> None:
-    qkv, cache, prologue = Case(9, 5).inputs(device)
-    qkv = change(qkv)
-    caches = cache, cache.clone()
-    got, want = (
-        cached_attention(t, c, 5, *prologue, 1.0) for t, c in zip((qkv, qkv.contiguous()), caches, strict=True)
-    )
-    torch.testing.assert_close(got, want)
-    torch.testing.assert_close(*caches, equal_nan=True)
-
-
 def test_parameters_of_any_shape_and_dtype(device: torch.device) -> None:
     qkv, cache, (q_bias, v_bias, log_scale) = Case(9, 5).inputs(device)
     want = cached_attention(qkv, cache.clone(), 5, q_bias, v_bias, log_scale, 1.0)
     shaped = q_bias.view(1, 2, 64).double(), v_bias.view(2, 64), log_scale.view(1, 2, 1, 1)
     assert torch.equal(cached_attention(qkv, cache, 5, *shaped, 1.0), want)
-
-
-def test_no_batch(device: torch.device) -> None:
-    qkv, cache, prologue = Case(9, 5).inputs(device)
-    assert cached_attention(qkv[:0], cache[:, :0], 5, *prologue, 1.0).shape == (0, 9, 2, 64)
 
 
 def test_two_caches_do_not_meet(device: torch.device) -> None:
@@ -272,146 +244,9 @@ def test_deterministic(device: torch.device) -> None:
     assert torch.equal(cache.nan_to_num(), before.nan_to_num())
 
 
-def test_the_number_of_threads_does_not_change_a_bit() -> None:
-    case = Case(200, 300, B=1, H=3)  # fewer heads than four times the threads: they are shared
-    qkv, cache, prologue = case.inputs("cpu")
-    threads, results = torch.get_num_threads(), []
-    try:
-        for number in (1, 2, 3):
-            torch.set_num_threads(number)
-            mine = cache.clone()
-            with use_backend("cpu"):
-                results.append((cached_attention(qkv, mine, 300, *prologue, 1.0), mine.nan_to_num()))
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-
-
 def test_splits_fill_the_device_and_no_more() -> None:
     assert _splits(heads=32, n=256, keys=680) == 1  # d16, one image with guidance: the last scale
     assert _splits(heads=32, n=1, keys=9451) == 18
     assert _splits(heads=2, n=1024, keys=2240) == 4
     assert _splits(heads=128 * 30, n=4096, keys=9451) == 1
     assert _splits(heads=2, n=1, keys=511) == 1
-
-
-def test_opcheck(device: torch.device) -> None:
-    op, backend = torch.ops.varkern.cached_attention.default, backends.current_backend()
-    qkv, cache, prologue = Case(4, 1, H=1).inputs(device)
-    cache = cache.nan_to_num()  # the checks compare what is not written
-    torch.library.opcheck(op, (qkv, cache, 1, *prologue, 1.0, backend))
-    torch.library.opcheck(op, (qkv, cache, 1, None, None, None, 0.125, backend))
-
-
-@pytest.mark.parametrize(
-    "compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)], ids=["aot", "inductor"]
-)
-def test_compile_fullgraph(device: torch.device, compiler: str) -> None:
-    if compiler == "inductor" and backends.current_backend() != "cpu":
-        pytest.skip("what the compiler makes of it does not depend on the backend")
-
-    def step(qkv: Tensor, cache: Tensor, position: int, prologue: list[Tensor | None]) -> Tensor:
-        return cached_attention(qkv * 2, cache, position, *prologue, 1.0).square()
-
-    torch.compiler.reset()
-    compiled = torch.compile(step, fullgraph=True, backend=compiler)
-    qkv, cache, prologue = Case(9, 5).inputs(device)
-    with torch.no_grad():
-        for position in (5, 6, 7):  # the second and third with a symbolic position
-            mine, other = cache.nan_to_num(), cache.nan_to_num()
-            torch.testing.assert_close(compiled(qkv, mine, position, prologue), step(qkv, other, position, prologue))
-            torch.testing.assert_close(mine, other)
-
-
-def test_gradients_are_refused(device: torch.device) -> None:
-    qkv, cache, prologue = Case(4, 1).inputs(device)
-    before = cache.clone()
-    with pytest.raises(RuntimeError, match=r"cached_attention has no gradient: call it under torch\.no_grad\(\)"):
-        cached_attention(qkv.requires_grad_(), cache, 1, *prologue, 1.0)
-    with pytest.raises(RuntimeError, match="cached_attention has no gradient"):
-        torch.ops.varkern.cached_attention(qkv, cache, 1, *prologue, 1.0, backends.current_backend())
-    leaf = prologue[2].requires_grad_()
-    with pytest.raises(RuntimeError, match="cached_attention has no gradient"):
-        cached_attention(qkv.detach(), cache, 1, *prologue[:2], leaf, 1.0)
-    assert torch.equal(cache.nan_to_num(nan=7.0), before.nan_to_num(nan=7.0))
-    with torch.no_grad():
-        want = cached_attention(qkv, cache.clone(), 1, *prologue, 1.0)
-    with torch.inference_mode():
-        assert torch.equal(cached_attention(qkv, cache.clone(), 1, *prologue, 1.0), want)
-
-
-def test_fake_tensors_reach_no_kernel() -> None:
-    qkv, cache, prologue = (x if isinstance(x, list) else x.to("meta") for x in Case(4, 1).inputs("meta"))
-    out = cached_attention(qkv, cache, 1, *prologue, 1.0)
-    assert (out.device.type, out.shape) == ("meta", (2, 4, 2, 64))
-
-
-BAD = {
-    "four_axes": (lambda a: a | {"qkv": a["qkv"][0]}, "qkv has shape (4, 3, 2, 32), give (B, n, 3, H, D)"),
-    "not_three": (lambda a: a | {"qkv": a["qkv"][:, :, :2]}, "qkv has shape (2, 4, 2, 2, 32)"),
-    "no_tokens": (lambda a: a | {"qkv": a["qkv"][:, :0]}, "with n, H, D > 0"),
-    "another_batch": (lambda a: a | {"cache": a["cache"][:, :1]}, "cache has shape (2, 1, 2, 8, 32), give (2, 2, 2, N"),
-    "keys_alone": (lambda a: a | {"cache": a["cache"][0]}, "cache has shape (2, 2, 8, 32)"),
-    "another_dtype": (
-        lambda a: a | {"cache": a["cache"].half()},
-        "cache is torch.float16 on cpu and qkv torch.float32",
-    ),
-    "another_device": (lambda a: a | {"cache": a["cache"].to("meta")}, "cache is torch.float32 on meta"),
-    "not_contiguous": (lambda a: a | {"cache": a["cache"][:, :, :, :7]}, "give a contiguous tensor"),
-    "negative": (lambda a: a | {"position": -1}, "position is -1, give one from 0 to 4 for 4 tokens and a cache of 8"),
-    "cache_too_short": (lambda a: a | {"position": 5}, "position is 5, give one from 0 to 4"),
-    "short_bias": (lambda a: a | {"q_bias": torch.zeros(5)}, "q_bias has shape (5,), give 64 elements for 2 heads"),
-    "heads": (lambda a: a | {"log_scale": torch.zeros(3)}, "log_scale has shape (3,), give 2 elements"),
-    "bias_elsewhere": (lambda a: a | {"v_bias": torch.zeros(64, device="meta")}, "v_bias is on meta and qkv on cpu"),
-    "integers": (
-        lambda a: a | {"q_bias": torch.zeros(64).long()},
-        "q_bias is torch.int64, give a floating-point tensor",
-    ),
-}
-
-
-@pytest.mark.parametrize("backend", ["reference", "cpu", None])
-@pytest.mark.parametrize(("change", "message"), BAD.values(), ids=BAD)
-def test_bad_input(change, message: str, backend: str | None) -> None:
-    qkv, cache, prologue = Case(4, 1, D=32).inputs("cpu")
-    names = dict(zip(("q_bias", "v_bias", "log_scale"), prologue, strict=True))
-    arguments = change({"qkv": qkv, "cache": cache, "position": 1, **names})
-    before = arguments["cache"].clone()
-    with use_backend(backend), pytest.raises(ValueError, match=re.escape(message)):
-        cached_attention(**arguments, softmax_scale=1.0)
-    if before.device.type == "cpu":
-        assert torch.equal(arguments["cache"].nan_to_num(nan=7.0), before.nan_to_num(nan=7.0))
-
-
-def test_a_backend_that_cannot_serve_says_why() -> None:
-    qkv, cache, prologue = Case(4, 1).inputs("cpu")
-    with use_backend("cuda"), pytest.raises(RuntimeError, match="cannot run cached_attention: the tensors are on cpu"):
-        cached_attention(qkv, cache, 1, *prologue, 1.0)
-
-
-LEVELS = """
-import torch, test_decode as t
-from varkern import _C
-from varkern.ops import use_backend
-torch.manual_seed(0)
-with use_backend("cpu"):
-    for name in ("one_token_alone", "four", "a_tile_and_one", "wide_heads", "plain"):
-        for dtype in t.DTYPES.values():
-            t.check(t.replace(t.CASES[name], dtype=dtype))
-    for case in t.NARROW.values():
-        t.check(case)
-print(_C.simd_level())
-"""
-
-
-@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"] if X86 else ["baseline"])
-def test_simd_levels_and_uninitialised_memory(level: str) -> None:
-    """Each level the processor has, on a heap that glibc fills with garbage: the workspace holds nothing by chance."""
-    environment = {"VARKERN_SIMD": level, "MALLOC_PERTURB_": "85", "PYTHONPATH": os.path.dirname(__file__)}
-    done = subprocess.run(
-        [sys.executable, "-c", LEVELS], capture_output=True, text=True, env={**os.environ, **environment}
-    )
-    assert done.returncode == 0, done.stderr
-    if done.stdout.strip() != level:
-        pytest.skip(f"this processor does not run {level}")

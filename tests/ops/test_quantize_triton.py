@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from golden import ALL, SMALL, load_golden
+from places import TRITON
 from ties import assert_same_codes
 from torch import Tensor
 
@@ -22,13 +23,10 @@ triton: Any = pytest.importorskip("triton")
 tl: Any = pytest.importorskip("triton.language")
 
 Size = tuple[int, int]
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-@pytest.fixture(params=DEVICES)
+@pytest.fixture(params=[TRITON])
 def device(request: pytest.FixtureRequest) -> str:
-    if request.param == "cpu" and torch.cuda.is_available():
-        pytest.skip("the kernels are compiled here")
     return request.param
 
 
