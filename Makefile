@@ -1,4 +1,4 @@
-# make demo | test | bench | lint   set up .venv themselves (PYTHON=python3.12 chooses the interpreter)
+# make demo | test | check | bench | lint   set up .venv themselves (PYTHON=python3.12 chooses the interpreter)
 # make gpu [PARTS="build ops"]      on a machine with a GPU: uses PYTHON's own packages, needs no network
 PYTHON ?= python3
 BIN := .venv/bin
@@ -6,7 +6,7 @@ INSTALLED := .venv/.installed
 OLDER_TRITON := .venv/triton-3.6
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
-.PHONY: demo test machines compat bench lint gpu gpu-rehearsal
+.PHONY: demo test check machines compat bench lint gpu gpu-rehearsal
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -15,6 +15,13 @@ demo: $(INSTALLED)
 # A process a core, each on one thread.
 test: $(INSTALLED) $(OLDER_TRITON)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses=8
+
+# What does not take long: neither compilers nor Triton's interpreter, no child processes, no training.
+LONG := native ops/test_allocations.py ops/test_alignment.py $(patsubst %,test_%.py,kernels_aot gpu_rehearsal golden build \
+  imports benchmarks benchmark_checks packaging checkpoint_fuzz sampling_runs train eval demo sharded)
+QUICK := not triton and not compile and not fullgraph and not opcheck and not bad_calls and not levels
+check: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses=8 -m "not slow" -k "$(QUICK)" $(addprefix --ignore=tests/,$(LONG))
 
 # The numeric tests, or TESTS, as on older processors and with 1, 2 and 4 threads.
 machines: $(INSTALLED)
